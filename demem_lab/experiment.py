@@ -1,0 +1,290 @@
+"""A fair comparison: what all arms share is said once, so that arms can only differ in what is compared.
+
+An `Experiment` fixes data, members, architecture, sampler, steps and divisor; an arm is an objective, a mechanism and a
+tuned learning rate. Members of experiment seed s are the same for every arm.
+
+>>> lab = profile("smoke").experiment()
+>>> plain = lab.run("none", seed=lab.seeds[0])              # trains 4 models, queries them, keeps the tables
+>>> plain.clean.shape == plain.adversarial.shape            # logits [M, N, K]
+True
+
+The risk of a sample is scored for seed s from the OTHER seeds' plain ensembles, so that the models under test had no say
+in who is protected.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from demem_lab import data, risk, training
+from demem_lab.attacks import PGD, margin
+from demem_lab.data import Dataset
+from demem_lab.mechanisms import Guarantee, Mechanism, Plain
+from demem_lab.membership import confidence, evaluate, lira, logit_margin
+from demem_lab.models import MLP, SmallCNN, Spec
+from demem_lab.objectives import PGDAT, Objective
+from demem_lab.optimizers import SGD
+from demem_lab.sampling import Poisson
+from demem_lab.store import Store
+from demem_lab.streams import key, model_seeds
+from demem_lab.training import Recipe
+from demem_lab.validate import choice, integer
+
+Flags = torch.Tensor  # bool [N]
+MODULES = (*training.MODULES, "experiment")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm at one seed: the tables that all measuring reads."""
+
+    name: str
+    seed: int
+    y: np.ndarray  # int64 [N]
+    members: np.ndarray  # bool [M, N]
+    clean: np.ndarray  # logits [M, N, K]
+    adversarial: np.ndarray  # logits [M, N, K] on each model's own adversarial examples
+    robust: np.ndarray  # bool [M, N] right as it is and under every attack tried (point-wise worst case)
+    guarantee: Guarantee
+    steps: int
+    sampling_rate: float
+    flagged: np.ndarray | None = None  # bool [N] who was treated
+    trace: np.ndarray | None = None  # [M, epochs, N]
+    fresh: bool = True  # False when it came from the store
+
+    @property
+    def models(self) -> int:
+        """M."""
+        return len(self.members)
+
+    def part(self, rows: slice) -> Run:
+        """Some of the models, as a run of its own."""
+        return replace(
+            self, members=self.members[rows], clean=self.clean[rows], adversarial=self.adversarial[rows],
+            robust=self.robust[rows], trace=None if self.trace is None else self.trace[rows],
+        )
+
+    @cached_property
+    def scores(self) -> dict[str, np.ndarray]:
+        """LiRA scores [M, N] for the queries "clean", "adversarial" and "both"."""
+        clean, moved = logit_margin(self.clean, self.y), logit_margin(self.adversarial, self.y)
+        return {
+            "clean": lira(clean, self.members), "adversarial": lira(moved, self.members),
+            "both": lira(np.stack([clean, moved]), self.members),
+        }
+
+    @cached_property
+    def right(self) -> dict[str, np.ndarray]:
+        """bool [M, N]: classified correctly as it is ("clean"), and also under attack ("robust")."""
+        return {"clean": self.clean.argmax(-1) == self.y, "robust": self.robust}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What every arm of a comparison shares."""
+
+    dataset: Dataset
+    model: Spec
+    eps: float  # attack radius of training and of adversarial queries
+    epochs: float
+    batch_size: int
+    lr: float  # of plain adversarial training
+    models: int  # per seed
+    seeds: tuple[int, ...]  # reported
+    tuning_seed: int = 100  # chooses learning rates, is never reported
+    tuning_models: int = 8
+    attack_steps: int = 3
+    query_steps: int = 10
+    delta: float = 1e-4
+    device: str = "auto"
+    progress: bool = True
+    store: Store = field(default_factory=Store)
+
+    def __post_init__(self) -> None:
+        integer("models", self.models, low=4, fix="leave-one-out attacks need references on both sides")
+        if self.models % 2:
+            raise ValueError(f"models must be even, because members come in complementary halves, got {self.models}")
+        if len(set(self.seeds)) < 2 or self.tuning_seed in self.seeds:
+            raise ValueError(f"at least 2 different seeds, none of them the tuning seed {self.tuning_seed}, got {self.seeds}")
+
+    @property
+    def attack(self) -> PGD:
+        """The attack used in training."""
+        return PGD(self.eps, self.attack_steps)
+
+    @property
+    def query(self) -> PGD:
+        """The attack whose images the models are asked about; no random start, so that answers repeat."""
+        return PGD(self.eps, self.query_steps, random_start=False)
+
+    def members(self, seed: int, models: int | None = None) -> torch.Tensor:
+        """bool [M, N]: complementary halves, the same for every arm of this seed."""
+        return data.member_masks(self.dataset.n, models or self.models, seed=key(seed, "members") % 2**31)
+
+    def recipe(
+        self, *, objective: Objective | None = None, mechanism: Mechanism | None = None, lr=None,
+        epochs: float | None = None, weight_decay: float = 0.0,
+    ) -> Recipe:
+        """The training recipe of an arm; what is not said is plain adversarial training."""
+        return Recipe(
+            model=self.model, objective=PGDAT(self.attack) if objective is None else objective,
+            mechanism=Plain() if mechanism is None else mechanism, sampler=Poisson(self.batch_size),
+            optimizer=SGD(lr=self.lr if lr is None else lr, weight_decay=weight_decay), epochs=epochs or self.epochs,
+        )
+
+    def run(
+        self, name: str, *, seed: int, flagged: Flags | None = None, models: int | None = None, trace: bool = False,
+        **changes,
+    ) -> Run:
+        """Train and query one arm at one seed, or read it from the store. `changes` as in `recipe`.
+
+        flagged: who the mechanism treats, kept beside the numbers.
+        """
+        models = models or self.models
+        recipe, members = self.recipe(**changes), self.members(seed, models)
+        return self.tables(name, recipe, members, model_seeds(seed, models), seed=seed, flagged=flagged, trace=trace)
+
+    def tables(self, name: str, recipe: Recipe, members, seeds: Sequence[int], *, seed: int, flagged=None, trace=False) -> Run:
+        """Outputs on clean and adversarial images for models of any members and seeds, through the store."""
+        config = {
+            "data": self.dataset.fingerprint, "recipe": recipe, "members": members, "seeds": tuple(seeds),
+            "query": self.query, "trace": trace, "delta": self.delta, "device": training.farm.device(self.device).type,
+        }
+
+        def compute():
+            ensemble = training.train(
+                self.dataset, members, recipe, seeds=seeds, device=self.device, store=self.store, trace=trace,
+                progress=self.progress, label=f"{name}, seed {seed}",
+            )
+            clean = training.outputs(ensemble, self.dataset, device=self.device)
+            moved = training.outputs(ensemble, self.dataset, attack=self.query, device=self.device)
+            # heavy noise blows logits up until cross-entropy is flat and PGD stands still: robust only by blindness.
+            # The margin loss cannot be blinded that way, so a sample counts as robust when both attacks fail.
+            seeing = training.outputs(ensemble, self.dataset, attack=self.query, loss=margin, device=self.device)
+            y = self.dataset.y.numpy()
+            robust = np.logical_and.reduce([table.argmax(-1) == y for table in (clean, moved, seeing)])
+            arrays = {"clean": clean, "adversarial": moved, "robust": robust}
+            if trace:
+                arrays["trace"] = ensemble.trace
+            return arrays, {"steps": ensemble.steps, "sampling_rate": ensemble.sampling_rate}
+
+        entry = self.store.compute("tables", config, compute, modules=MODULES)
+        rate, steps = entry.meta["sampling_rate"], entry.meta["steps"]
+        guarantee = recipe.mechanism.guarantee(
+            sampling_rate=rate, steps=steps, delta=self.delta, n=self.dataset.n,
+            batch_norm=getattr(self.model, "norm", "group") == "batch",
+        )
+        return Run(
+            name, seed, self.dataset.y.numpy(), members.numpy(), entry.arrays["clean"], entry.arrays["adversarial"],
+            entry.arrays["robust"], guarantee, steps, rate, None if flagged is None else np.asarray(flagged), entry.arrays.get("trace"), entry.fresh,
+        )
+
+    def risk(self, seed: int) -> risk.MemorizationScore:
+        """Robust memorization of every sample [N] as seen by the plain models of all OTHER reported seeds."""
+        others = [self.run("none", seed=s) for s in self.seeds if s != seed]
+        p = np.concatenate([confidence(run.adversarial, run.y) for run in others])
+        return risk.memorization(p, np.concatenate([run.members for run in others]))
+
+    def flags(self, seed: int, fraction: float) -> Flags:
+        """bool [N]: the riskiest `fraction` of the samples, for the runs of `seed`."""
+        return torch.as_tensor(risk.protected_set(self.risk(seed).score, fraction=fraction).mask)
+
+    def random_flags(self, seed: int, fraction: float) -> Flags:
+        """As many samples as `flags`, drawn at random: the control for choosing them by risk."""
+        count = int(self.flags(seed, fraction).sum())
+        return torch.as_tensor(risk.random_set(self.dataset.n, count, seed=key(seed, "random set") % 2**31))
+
+    def treat(
+        self, name: str, how: Callable[[Flags], Mechanism], *, fraction: float, random: bool = False,
+        seeds: Sequence[int] | None = None, **changes,
+    ) -> list[Run]:
+        """One arm that treats the riskiest `fraction` (or a random one) with mechanism `how(flags)`, at every seed."""
+        runs = []
+        for seed in self.seeds if seeds is None else seeds:
+            flagged = self.random_flags(seed, fraction) if random else self.flags(seed, fraction)
+            runs.append(self.run(name, seed=seed, flagged=flagged, mechanism=how(flagged), **changes))
+        return runs
+
+    def arm(self, name: str, **changes) -> list[Run]:
+        """One arm that treats everybody alike, at every reported seed."""
+        return [self.run(name, seed=seed, **changes) for seed in self.seeds]
+
+    def tune(self, name: str, rates: Sequence[float], **changes) -> dict[float, dict[str, float]]:
+        """Each learning rate on the tuning seed, all as ONE batch: {lr: {"clean", "robust", "leak"}} of non-members.
+
+        Choose by robust accuracy; the seed it was chosen on is not reported.
+        """
+        models, rates = self.tuning_models, tuple(rates)
+        members = self.members(self.tuning_seed, models)
+        recipe = self.recipe(lr=tuple(r for r in rates for _ in range(models)), **changes)
+        seeds = model_seeds(self.tuning_seed, models) * len(rates)
+        run = self.tables(f"{name}: tuning", recipe, members.repeat(len(rates), 1), seeds, seed=self.tuning_seed)
+        found = {}
+        for number, rate in enumerate(rates):
+            part = run.part(slice(number * models, (number + 1) * models))
+            leak = evaluate(part.scores["adversarial"], part.members, fprs=(0.1,)).auc.mean()
+            found[rate] = {kind: float(ok[~part.members].mean()) for kind, ok in part.right.items()} | {"leak": float(leak)}
+        return found
+
+
+def best_rate(tuned: dict[float, dict[str, float]]) -> float:
+    """The learning rate with the highest robust accuracy on non-members."""
+    return max(tuned, key=lambda rate: tuned[rate]["robust"])
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of everything a notebook does: values, never another code path."""
+
+    name: str
+    dataset: str
+    subset: int  # 0: all
+    model: str  # "mlp" or "cnn"
+    models: int
+    seeds: int
+    epochs: float
+    plane_models: int
+    tuning_models: int
+    batch_size: int = 64
+    lr: float = 0.1
+    width: int = 128
+
+    def experiment(
+        self, *, dataset: str = "", subset: int = 0, model: str = "", models: int = 0, seeds: int = 0, epochs: float = 0,
+        eps: float = 0, data_root: str = "", device: str = "auto", progress: bool | None = None,
+    ) -> Experiment:
+        """The experiment of this profile; what is given (not empty, not 0) takes the place of the profile's value."""
+        chosen = replace(
+            self, dataset=dataset or self.dataset, model=model or self.model, models=models or self.models,
+            seeds=seeds or self.seeds, epochs=epochs or self.epochs, tuning_models=min(self.tuning_models, models or 64),
+            subset=subset or (self.subset if dataset in ("", self.dataset) else 2000),
+        )
+        loaded = data.load(chosen.dataset, root=data_root or None, subset=chosen.subset or None)
+        architecture = choice("model", chosen.model, ("mlp", "cnn"))
+        spec = MLP((self.width, self.width)) if architecture == "mlp" else SmallCNN()
+        quiet = os.environ.get("DEMEM_HEADLESS") == "1"
+        return Experiment(
+            dataset=loaded, model=spec, eps=eps or loaded.eps, epochs=chosen.epochs,
+            batch_size=min(self.batch_size, loaded.n // 4), lr=self.lr, models=chosen.models,
+            seeds=tuple(range(chosen.seeds)), tuning_models=chosen.tuning_models, device=device,
+            progress=not quiet if progress is None else progress,
+        )
+
+
+PROFILES = {
+    "smoke": Profile("smoke", "digits", 300, "mlp", 4, 2, 3, 4, 4, batch_size=32, width=32),
+    "lesson": Profile("lesson", "digits", 0, "mlp", 16, 3, 30, 8, 8),
+    "full": Profile("full", "fashion_mnist", 10_000, "cnn", 16, 3, 30, 8, 8, batch_size=128),
+}
+
+
+def profile(name: str = "") -> Profile:
+    """The profile of that name; empty: $DEMEM_PROFILE, else "lesson"."""
+    name = name or os.environ.get("DEMEM_PROFILE") or "lesson"
+    return PROFILES[choice("profile", name, PROFILES)]

@@ -1,0 +1,203 @@
+"""Layers for M models at once that can tell the size of every sample's own gradient.
+
+Each layer does three things: its forward pass for all models; `sample_norms`, the squared norm of every sample's
+gradient; and `weighted_gradients`, the sum over samples of coefficient x gradient. The last two read what the forward
+pass recorded (`calls`) and the gradients at the layer's outputs, so that one backward pass serves all samples
+("book-keeping", Bu et al. 2022, arXiv 2210.00038; norms from inner products: Goodfellow 2015, arXiv 1510.01799).
+
+A sample may pass the network several times in a step (TRADES: clean and adversarial); its gradient is the sum over the
+passes, and all formulas below are for that sum.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from demem_lab.streams import Streams
+
+
+class Layer(nn.Module):
+    """A layer with parameters [M, ...]. `calls` is None, or a list of (what the weight meets, output) being recorded."""
+
+    def __init__(self, models: int) -> None:
+        super().__init__()
+        self.models = models
+        self.calls: list[tuple[Tensor, Tensor]] | None = None
+
+    def record(self, seen: Tensor, out: Tensor) -> Tensor:
+        """Keep a call. The output is made a place where a gradient can be asked for, even with frozen weights."""
+        if self.calls is not None:
+            if not out.requires_grad:
+                out.requires_grad_()
+            self.calls.append((seen.detach(), out))
+        return out
+
+    def initialise(self, streams: Streams) -> None:
+        """Fresh parameters, model m from its own stream."""
+        raise NotImplementedError
+
+    def sample_norms(self, deltas: list[Tensor]) -> Tensor:
+        """Squared gradient norms [M, B] of this layer's parameters; `deltas` are the gradients at the outputs of `calls`."""
+        raise NotImplementedError
+
+    def weighted_gradients(self, deltas: list[Tensor], weights: Tensor) -> list[Tensor]:
+        """Sum over samples of weights [M, B] x gradient, one tensor for each parameter in `self.parameters()`' order."""
+        raise NotImplementedError
+
+
+class Linear(Layer):
+    """[M, B, inputs] -> [M, B, outputs]; weight [M, inputs, outputs], bias [M, outputs]."""
+
+    def __init__(self, models: int, inputs: int, outputs: int) -> None:
+        super().__init__(models)
+        self.inputs, self.outputs = inputs, outputs
+        self.weight = nn.Parameter(torch.empty(models, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(models, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.record(x, torch.baddbmm(self.bias[:, None], x, self.weight))
+
+    def initialise(self, streams: Streams) -> None:
+        with torch.no_grad():
+            flat = streams.normal(self.inputs * self.outputs)
+            self.weight.copy_(flat.view_as(self.weight) * math.sqrt(2 / self.inputs))  # He et al. 2015
+            self.bias.zero_()
+
+    def sample_norms(self, deltas: list[Tensor]) -> Tensor:
+        if len(deltas) == 1:
+            # the gradient of one pass is an outer product, its norm the product of two norms; + 1 is the bias
+            return deltas[0].square().sum(-1) * (self.calls[0][0].square().sum(-1) + 1)
+        a = torch.stack([seen for seen, _ in self.calls], 2)  # [M, B, passes, inputs]
+        d = torch.stack(deltas, 2)  # [M, B, passes, outputs]
+        return ((a @ a.mT + 1) * (d @ d.mT)).sum((-2, -1))
+
+    def weighted_gradients(self, deltas: list[Tensor], weights: Tensor) -> list[Tensor]:
+        weight, bias = None, None
+        for (seen, _), delta in zip(self.calls, deltas, strict=True):
+            scaled = delta * weights[..., None]
+            part, shift = seen.mT @ scaled, scaled.sum(1)
+            weight, bias = (part, shift) if weight is None else (weight + part, bias + shift)
+        return [weight, bias]
+
+
+class Conv(Layer):
+    """'Same' convolution, [B, M*inputs, H, W] -> [B, M*outputs, H', W']; weight [M, outputs, inputs, kernel, kernel]."""
+
+    def __init__(
+        self, models: int, inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, bias: bool = True
+    ) -> None:
+        super().__init__(models)
+        self.inputs, self.outputs, self.kernel, self.stride = inputs, outputs, kernel, stride
+        self.weight = nn.Parameter(torch.empty(models, outputs, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(models, outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.flatten()
+        out = F.conv2d(x, self.weight.flatten(0, 1), bias, self.stride, self.kernel // 2, groups=self.models)
+        return self.record(x, out)
+
+    def initialise(self, streams: Streams) -> None:
+        with torch.no_grad():
+            fan_in = self.inputs * self.kernel**2
+            self.weight.copy_(streams.normal(self.outputs * fan_in).view_as(self.weight) * math.sqrt(2 / fan_in))
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def sample_norms(self, deltas: list[Tensor]) -> Tensor:
+        d = torch.cat([self._split(delta).flatten(3) for delta in deltas], 3)  # [M, B, outputs, places]
+        u = torch.cat([self._patches(seen) for seen, _ in self.calls], 3)  # [M, B, inputs*kernel^2, places]
+        places, parameters = d.shape[3], d.shape[2] * u.shape[2]
+        # Inner products between places cost places^2, the gradient itself inputs x outputs: take the cheaper
+        # (mixed ghost norm, Bu et al. 2022, arXiv 2205.10683).
+        if 2 * places**2 < parameters:
+            norms = ((u.mT @ u) * (d.mT @ d)).sum((-2, -1))
+        else:
+            norms = (d @ u.mT).square().sum((-2, -1))
+        if self.bias is not None:
+            norms = norms + d.sum(3).square().sum(2)
+        return norms
+
+    def weighted_gradients(self, deltas: list[Tensor], weights: Tensor) -> list[Tensor]:
+        shape = self.weight.flatten(0, 1).shape
+        weight, bias = 0, 0
+        for (seen, _), delta in zip(self.calls, deltas, strict=True):
+            scaled = delta * weights.T.repeat_interleave(self.outputs, 1)[..., None, None]
+            weight = weight + nn.grad.conv2d_weight(
+                seen, shape, scaled, stride=self.stride, padding=self.kernel // 2, groups=self.models
+            )
+            bias = bias + scaled.sum((0, 2, 3))
+        gradients = [weight.view_as(self.weight)]
+        return gradients if self.bias is None else [*gradients, bias.view_as(self.bias)]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.models, -1)).transpose(0, 1)  # [B, M*C, H, W] -> [M, B, C, H, W]
+
+    def _patches(self, x: Tensor) -> Tensor:
+        rows = self._split(x).flatten(0, 1)
+        patches = F.unfold(rows, self.kernel, padding=self.kernel // 2, stride=self.stride)
+        return patches.unflatten(0, (self.models, -1))
+
+
+class _Normalised(Layer):
+    """Scale and shift of a normalised input; what differs is over which axes a subclass normalises."""
+
+    def __init__(self, models: int, channels: int) -> None:
+        super().__init__(models)
+        self.channels = channels
+        self.weight = nn.Parameter(torch.ones(models, channels))
+        self.bias = nn.Parameter(torch.zeros(models, channels))
+
+    def normalise(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.normalise(x)
+        out = torch.addcmul(self.bias.flatten()[:, None, None], seen, self.weight.flatten()[:, None, None])
+        return self.record(seen, out)
+
+    def initialise(self, streams: Streams) -> None:
+        with torch.no_grad():
+            self.weight.fill_(1.0)
+            self.bias.zero_()
+
+    def sample_norms(self, deltas: list[Tensor]) -> Tensor:
+        scale, shift = self._per_sample(deltas)
+        return scale.square().sum(-1) + shift.square().sum(-1)
+
+    def weighted_gradients(self, deltas: list[Tensor], weights: Tensor) -> list[Tensor]:
+        scale, shift = self._per_sample(deltas)
+        return [(part * weights[..., None]).sum(1) for part in (scale, shift)]
+
+    def _per_sample(self, deltas: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Each sample's gradient of weight and bias, [M, B, C]: so few numbers that they can be written out."""
+        scale = sum((d * seen).sum((2, 3)) for (seen, _), d in zip(self.calls, deltas, strict=True))
+        shift = sum(d.sum((2, 3)) for d in deltas)
+        return tuple(part.unflatten(1, (self.models, -1)).transpose(0, 1) for part in (scale, shift))
+
+
+class GroupNorm(_Normalised):
+    """Group normalisation (Wu & He 2018): over channels of one group of one sample, so samples stay independent."""
+
+    def __init__(self, models: int, channels: int, *, groups: int) -> None:
+        super().__init__(models, channels)
+        self.groups = groups
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.models * self.groups)
+
+
+class BatchNorm(_Normalised):
+    """Batch normalisation: samples of a batch see each other, which voids every per-sample guarantee."""
+
+    def __init__(self, models: int, channels: int) -> None:
+        super().__init__(models, channels)
+        self.register_buffer("running_mean", torch.zeros(models, channels))
+        self.register_buffer("running_var", torch.ones(models, channels))
+
+    def normalise(self, x: Tensor) -> Tensor:
+        # .view(-1) shares memory, so that the running statistics are updated in place
+        return F.batch_norm(x, self.running_mean.view(-1), self.running_var.view(-1), training=self.training)

@@ -1,0 +1,297 @@
+"""From per-sample losses to one update: who counts how much, who is clipped, and how much noise is added.
+
+All mechanisms share one sentence: the update is the sum of coefficient x gradient over the batch's samples, plus noise,
+divided by the expected batch size. They differ in the coefficient (`Drop`, `DownWeight`), in an added penalty
+(`LossVariance`), or in clipping and noising some samples (`SelectiveDP`; `DPSGD` is the same with everybody protected).
+
+>>> mechanism = SelectiveDP(noise_multiplier=1.0, max_grad_norm=1.0, protected=flags)
+>>> with net.recording(mechanism.per_sample):
+...     per_sample = objective(net, x, y, index, rng=streams)
+...     gradients = mechanism.update(net, per_sample, batch)                     # doctest: +SKIP
+
+Settings may differ between the M models: a number, or one for each model; flags bool [N], or [M, N].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from demem_lab.accounting import Budget, NoGuarantee, budget
+from demem_lab.objectives import PerSample
+from demem_lab.streams import Streams
+from demem_lab.validate import choice, finite, flags
+
+Setting = float | Sequence[float]
+SELECTIONS = ("fixed", "public", "from_data")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a mechanism may know of a step. Padding, non-members and undrawn samples are the rows that are not valid."""
+
+    index: Tensor  # int64 [M, B] which sample of the data set
+    valid: Tensor  # bool [M, B]
+    divisor: float  # expected batch size: never the size that was drawn, which would depend on who is in
+    step: int
+    total_steps: int
+    noise: Streams
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What is promised to each single protected sample, and on which conditions."""
+
+    budget: Budget | NoGuarantee
+    protected: int  # how many samples it holds for
+    n: int
+    selection: str  # how the protected set came about: "fixed", "public" or "from_data"
+    not_accounted: tuple[str, ...] = ("learning rates tuned on the same data",)
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is any (epsilon, delta) to speak of."""
+        return isinstance(self.budget, Budget) and self.protected > 0
+
+    def __str__(self) -> str:
+        if not self.holds:
+            reason = self.budget.reason if isinstance(self.budget, NoGuarantee) else "nobody is protected"
+            return f"no guarantee: {reason}"
+        b = self.budget
+        who = "all samples" if self.protected == self.n else f"the {self.protected:,} protected of {self.n:,} samples"
+        text = (
+            f"({b.epsilon:.3g}, {b.delta:.0e})-DP for each single one of {who} (add/remove, {b.accountant})"
+            f"{'' if self.protected == self.n else '; none for the other samples'}"
+        )
+        if self.selection == "from_data" and self.protected < self.n:
+            text += "; given the set; end to end: none"
+        return f"{text}; not accounted: {', '.join(self.not_accounted)}"
+
+
+class Mechanism:
+    """Base of all mechanisms. Subclasses give `coefficients`, `penalty` or their own `update`."""
+
+    per_sample = False  # whether the update needs every sample's own gradient norm
+
+    def coefficients(self, batch: Batch) -> Tensor | None:
+        """How much each sample's gradient counts, [M, B]; None when all count 1."""
+        return None
+
+    def penalty(self, per_sample: PerSample, batch: Batch) -> Tensor | None:
+        """A further loss for each model, [M]; None when there is none."""
+        return None
+
+    def update(self, net, per_sample: PerSample, batch: Batch) -> list[Tensor]:
+        """One gradient for each of net.parameters(), each [M, ...]."""
+        weights = batch.valid.to(per_sample.loss.dtype)
+        coefficients = self.coefficients(batch)
+        if coefficients is not None:
+            weights = weights * coefficients
+        # where() and not a product: an invalid row may hold inf or NaN, and 0 * inf would poison the sum
+        losses = torch.where(batch.valid, per_sample.loss.view_as(weights), 0)
+        total = (losses * weights).sum() / batch.divisor
+        penalty = self.penalty(per_sample, batch)
+        if penalty is not None:
+            total = total + penalty.sum()
+        # models do not touch, so the gradient of the sum over models is every model's own gradient
+        return list(torch.autograd.grad(total, list(net.parameters())))
+
+    def guarantee(
+        self, *, sampling_rate: float, steps: int, delta: float, n: int, poisson: bool = True, batch_norm: bool = False,
+        model: int = 0,
+    ) -> Guarantee:
+        """What this mechanism promises model number `model`'s samples."""
+        return Guarantee(NoGuarantee(f"{type(self).__name__} adds no calibrated noise"), 0, n, "fixed", ())
+
+    def for_models(self, rows: Sequence[int], models: int) -> Mechanism:
+        """The same mechanism for some of the M models: settings and flags of shape [M, ...] are cut to `rows`."""
+        changes = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 2 or isinstance(value, (tuple, list)):
+                if len(value) != models:
+                    raise ValueError(f"{field.name} has {len(value)} entries for {models} models; give one for each, or one")
+                changes[field.name] = value[list(rows)] if hasattr(value, "ndim") else tuple(value[r] for r in rows)
+        return replace(self, **changes)
+
+    def check(self, n: int) -> None:
+        """ValueError when the mechanism's flags do not fit a data set of n samples."""
+
+
+@dataclass(frozen=True)
+class Plain(Mechanism):
+    """Every sample counts 1."""
+
+
+@dataclass(frozen=True)
+class LossVariance(Mechanism):
+    """Mean loss + lam * variance of the adversarial cross-entropies in the batch: DeMem as in the authors' public code.
+
+    Unbiased variance (divisor n - 1) over the model's own valid samples; the gradient flows through all of it; fewer
+    than two valid samples add 0. Equivalent to the coefficient 1 + 2 lam n/(n-1) (l_i - mean l) for PGD-AT: hard samples
+    gain, easy ones lose. No formal guarantee. Source: Luo & Li, arXiv 2412.05767.
+    """
+
+    lam: Setting = 0.2
+
+    def __post_init__(self) -> None:
+        _check("lam", self.lam)
+
+    def penalty(self, per_sample: PerSample, batch: Batch) -> Tensor:
+        losses = torch.where(batch.valid, per_sample.adversarial_ce.view_as(batch.valid), 0)
+        n = batch.valid.sum(1)
+        mean = losses.sum(1) / n.clamp_min(1)
+        squares = torch.where(batch.valid, (losses - mean[:, None]).square(), 0)
+        return _per_model(self.lam, losses) * squares.sum(1) / (n - 1).clamp_min(1)
+
+    def guarantee(self, *, n: int, **_) -> Guarantee:
+        return Guarantee(NoGuarantee("LossVariance shapes the losses and adds no noise"), 0, n, "fixed", ())
+
+
+@dataclass(frozen=True)
+class Drop(Mechanism):
+    """Flagged samples never train: the control that any treatment of the same samples has to beat."""
+
+    flagged: Tensor
+
+    def coefficients(self, batch: Batch) -> Tensor:
+        return (~_look_up(self.flagged, batch)).float()
+
+    def check(self, n: int) -> None:
+        flags("flagged", self.flagged, n=n)
+
+    def guarantee(self, *, n: int, **_) -> Guarantee:
+        return Guarantee(NoGuarantee("dropping is a choice made from the data; the samples left have none"), 0, n, "from_data", ())
+
+
+@dataclass(frozen=True)
+class DownWeight(Mechanism):
+    """Flagged samples count `weight` (0 is Drop, 1 is Plain)."""
+
+    flagged: Tensor
+    weight: Setting = 0.3
+
+    def __post_init__(self) -> None:
+        _check("weight", self.weight)
+
+    def coefficients(self, batch: Batch) -> Tensor:
+        flagged = _look_up(self.flagged, batch)
+        weight = _per_model(self.weight, torch.empty(0, device=flagged.device))
+        return torch.where(flagged, weight.reshape(-1, 1), 1.0)
+
+    def check(self, n: int) -> None:
+        flags("flagged", self.flagged, n=n)
+
+
+@dataclass(frozen=True)
+class SelectiveDP(Mechanism):
+    """DP-SGD for the protected samples, ordinary training for the rest: DeMem's explicit reading.
+
+    A protected sample's gradient is clipped to L2 norm `max_grad_norm`; Gaussian noise of std noise_multiplier *
+    max_grad_norm is added to the SUM at every step, also when no protected sample (or nobody) was drawn: noise that comes
+    and goes would tell who was there. A set fixed as empty adds no noise and is Plain; a set of one adds the full noise.
+
+    protected: bool [N] or [M, N], or None for everybody. selection: how that set came about; the guarantee is
+    conditional on it. Sources: Abadi et al. 2016 (arXiv 1607.00133), algorithm 1; PAPER: Luo & Li, arXiv 2412.05767.
+    """
+
+    noise_multiplier: Setting
+    max_grad_norm: Setting = 1.0
+    protected: Tensor | None = None
+    selection: str = "from_data"
+
+    per_sample = True
+
+    def __post_init__(self) -> None:
+        _check("noise_multiplier", self.noise_multiplier)
+        _check("max_grad_norm", self.max_grad_norm, positive=True)
+        choice("selection", self.selection, SELECTIONS)
+
+    def update(self, net, per_sample: PerSample, batch: Batch) -> list[Tensor]:
+        models = len(batch.valid)
+        layers = [layer for layer in net.layers if layer.calls]
+        outputs = [out for layer in layers for _, out in layer.calls]
+        losses = torch.where(batch.valid, per_sample.loss.view_as(batch.valid), 0)
+        deltas = iter(torch.autograd.grad(losses.sum(), outputs))
+        by_layer = [(layer, [next(deltas) for _ in layer.calls]) for layer in layers]
+        weights = self._clip_factors(by_layer, batch, losses)
+        gradients = {}
+        for layer, own in by_layer:
+            gradients.update(zip(layer.parameters(), layer.weighted_gradients(own, weights), strict=True))
+        noise_std = self._noise_std(batch, models, losses)
+        sums = [gradients[p] for p in net.parameters()]
+        if bool((noise_std > 0).any()):
+            sizes = [s[0].numel() for s in sums]
+            noise = batch.noise.normal(sum(sizes)).to(losses.dtype) * noise_std[:, None]
+            sums = [s + part.view_as(s) for s, part in zip(sums, noise.split(sizes, 1), strict=True)]
+        return [s / batch.divisor for s in sums]
+
+    def _clip_factors(self, by_layer, batch: Batch, losses: Tensor) -> Tensor:
+        norms = sum(layer.sample_norms(own) for layer, own in by_layer).clamp_min(0).sqrt()  # [M, B]
+        bound = _per_model(self.max_grad_norm, losses).reshape(-1, 1)
+        factor = torch.where(self._is_protected(batch), bound / norms.clamp_min(bound), torch.ones_like(norms))
+        return torch.where(batch.valid, factor, 0)
+
+    def _is_protected(self, batch: Batch) -> Tensor:
+        if self.protected is None:
+            return torch.ones_like(batch.valid)
+        return _look_up(self.protected, batch)
+
+    def _noise_std(self, batch: Batch, models: int, like: Tensor) -> Tensor:
+        std = _per_model(self.noise_multiplier, like) * _per_model(self.max_grad_norm, like)
+        anybody = True if self.protected is None else self.protected.to(like.device).any(-1)
+        return torch.where(torch.as_tensor(anybody, device=like.device), std, 0).expand(models)
+
+    def check(self, n: int) -> None:
+        if self.protected is not None:
+            flags("protected", self.protected, n=n)
+
+    def guarantee(
+        self, *, sampling_rate: float, steps: int, delta: float, n: int, poisson: bool = True, batch_norm: bool = False,
+        model: int = 0,
+    ) -> Guarantee:
+        """(epsilon, delta) under add/remove for each single protected sample, conditional on the protected set."""
+        sigma = _of_model(self.noise_multiplier, model)
+        protected = n
+        if self.protected is not None:
+            row = self.protected[model] if self.protected.ndim == 2 else self.protected
+            protected = int(row.sum())
+        if batch_norm:
+            promised = NoGuarantee("batch normalisation mixes the samples of a batch; use norm='group'")
+        elif not poisson:
+            promised = NoGuarantee("shuffled batches are not Poisson samples; train with Poisson(...)")
+        elif not protected:
+            promised = NoGuarantee("nobody is protected")
+        else:
+            promised = budget(noise_multiplier=sigma, sampling_rate=sampling_rate, steps=steps, delta=delta)
+        return Guarantee(promised, protected, n, self.selection)
+
+
+def DPSGD(noise_multiplier: Setting, max_grad_norm: Setting = 1.0) -> SelectiveDP:  # noqa: N802 - the method's name
+    """Differentially private SGD: SelectiveDP with everybody protected (a set that no data had a say in)."""
+    return SelectiveDP(noise_multiplier, max_grad_norm, protected=None, selection="fixed")
+
+
+def _check(name: str, value: Setting, *, positive: bool = False) -> None:
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+        finite(name, number, low=0)
+        if positive and number == 0:
+            raise ValueError(f"{name} must be > 0, got {number!r}; a bound of 0 would erase every protected sample")
+
+
+def _per_model(value: Setting, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def _of_model(value: Setting, model: int) -> float:
+    return float(value[model] if isinstance(value, (tuple, list)) else value)
+
+
+def _look_up(mask: Tensor, batch: Batch) -> Tensor:
+    """bool [M, B]: the flags of the batch's samples."""
+    mask = torch.as_tensor(mask).to(batch.index.device)
+    return mask[batch.index] if mask.ndim == 1 else mask.gather(1, batch.index)

@@ -1,0 +1,219 @@
+"""Networks that are M networks at once.
+
+Every parameter carries a leading model axis, so shadow models, seeds and the whole plane behind a slider are one
+forward pass. A network maps images [M*B, C, H, W] (model-major: the first B rows belong to model 0) to logits
+[M*B, K]; M = 1 is an ordinary classifier.
+
+>>> net = MLP(hidden=(32,)).build(models=4, shape=(1, 8, 8), classes=10, seeds=(0, 1, 2, 3))
+>>> net(torch.rand(4 * 5, 1, 8, 8)).shape
+torch.Size([20, 10])
+
+Layers can also record what book-keeping needs (their inputs and outputs), so that per-sample gradient norms and clipped
+sums cost one backward pass and never one sample at a time (Bu et al. 2022, arXiv 2210.00038).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from demem_lab.layers import BatchNorm, Conv, GroupNorm, Layer, Linear
+from demem_lab.streams import Streams
+from demem_lab.validate import integer
+
+
+class Network(nn.Module):
+    """M classifiers of one architecture; `models` is M, `has_batch_norm` says whether samples of a batch interact."""
+
+    def __init__(self, models: int, mean: float, std: float) -> None:
+        super().__init__()
+        self.models, self.mean, self.std = models, mean, std
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [M*B, C, H, W] in [0, 1] -> logits [M*B, K]."""
+        if x.shape[0] % self.models:
+            raise ValueError(f"{x.shape[0]} rows cannot be shared by {self.models} models; give the same number to each")
+        # normalisation is part of the model, so that attacks and their eps live in pixel units
+        return self.body((x - self.mean) / self.std if (self.mean, self.std) != (0.0, 1.0) else x)
+
+    def body(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> list[Layer]:
+        """All layers with parameters, in a fixed order."""
+        return [layer for layer in self.modules() if isinstance(layer, Layer)]
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return any(isinstance(layer, BatchNorm) for layer in self.layers)
+
+    @contextmanager
+    def recording(self, on: bool = True):
+        """Inside, layers keep their inputs and outputs (`layer.calls`), what per-sample norms are computed from."""
+        before = [layer.calls for layer in self.layers]
+        for layer in self.layers:
+            layer.calls = [] if on else None
+        try:
+            yield self
+        finally:
+            for layer, calls in zip(self.layers, before, strict=True):
+                layer.calls = calls
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and running statistics by name, each [M, ...], detached and on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
+
+
+class Spec(Protocol):
+    """What describes an architecture before the data are known."""
+
+    def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network: ...
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Fully connected ReLU network on the flattened image."""
+
+    hidden: tuple[int, ...] = (128, 128)
+    mean: float = 0.0
+    std: float = 1.0
+
+    def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
+        """M freshly initialised networks for images of `shape` (C, H, W)."""
+        return _initialised(_Dense(self, models, math.prod(shape), classes), seeds, device)
+
+
+@dataclass(frozen=True)
+class SmallCNN:
+    """Three 3x3 convolutions with GroupNorm, then one hidden layer; strides follow the image size."""
+
+    width: int = 16
+    hidden: int = 64
+    mean: float = 0.5
+    std: float = 0.25
+
+    def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
+        """M freshly initialised networks for images of `shape` (C, H, W), H and W at least 8."""
+        integer("image height", shape[1], low=8, fix="use the MLP for smaller images")
+        integer("width", self.width, low=4)
+        return _initialised(_Convolutional(self, models, shape, classes), seeds, device)
+
+
+@dataclass(frozen=True)
+class ResNet18:
+    """ResNet-18 with the CIFAR stem (one 3x3 convolution, no pooling), He et al. 2016.
+
+    `norm` "group" keeps samples independent, which per-sample guarantees need; "batch" trains faster and better, and
+    every privacy guarantee is void with it.
+    """
+
+    width: int = 64
+    norm: str = "group"
+    mean: float = 0.5
+    std: float = 0.25
+
+    def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
+        """M freshly initialised networks for images of `shape` (C, H, W)."""
+        if self.norm not in ("group", "batch"):
+            raise ValueError(f"norm must be 'group' or 'batch', got {self.norm!r}")
+        return _initialised(_Residual(self, models, shape, classes), seeds, device)
+
+
+class _Dense(Network):
+    def __init__(self, spec: MLP, models: int, pixels: int, classes: int) -> None:
+        super().__init__(models, spec.mean, spec.std)
+        sizes = (pixels, *spec.hidden, classes)
+        self.linear = nn.ModuleList(Linear(models, a, b) for a, b in itertools.pairwise(sizes))
+
+    def body(self, x: Tensor) -> Tensor:
+        h = x.reshape(self.models, -1, self.linear[0].inputs)  # [M, B, pixels]
+        for layer in self.linear[:-1]:
+            h = F.relu(layer(h))
+        return self.linear[-1](h).flatten(0, 1)
+
+
+class _Convolutional(Network):
+    def __init__(self, spec: SmallCNN, models: int, shape: Sequence[int], classes: int) -> None:
+        super().__init__(models, spec.mean, spec.std)
+        c, w = shape[0], spec.width
+        strides = (1, 2, 1) if shape[1] <= 16 else (1, 2, 2)
+        channels = (c, w, 2 * w, 2 * w)
+        self.conv = nn.ModuleList(Conv(models, channels[i], channels[i + 1], stride=strides[i]) for i in range(3))
+        self.norm = nn.ModuleList(GroupNorm(models, channels[i + 1], groups=4) for i in range(3))
+        height, width = shape[1:]
+        for s in strides:
+            height, width = -(-height // s), -(-width // s)
+        self.hidden = Linear(models, 2 * w * height * width, spec.hidden)
+        self.out = Linear(models, spec.hidden, classes)
+
+    def body(self, x: Tensor) -> Tensor:
+        h = _side_by_side(x, self.models)
+        for conv, norm in zip(self.conv, self.norm, strict=True):
+            h = F.relu(norm(conv(h)))
+        h = h.unflatten(1, (self.models, -1)).transpose(0, 1).flatten(2)  # [M, B, features]
+        return self.out(F.relu(self.hidden(h))).flatten(0, 1)
+
+
+class _Block(nn.Module):
+    def __init__(self, models: int, inputs: int, outputs: int, stride: int, norm) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = Conv(models, inputs, outputs, stride=stride, bias=False), norm(models, outputs)
+        self.conv2, self.norm2 = Conv(models, outputs, outputs, bias=False), norm(models, outputs)
+        self.short = None
+        if stride != 1 or inputs != outputs:
+            self.short = Conv(models, inputs, outputs, kernel=1, stride=stride, bias=False)
+            self.short_norm = norm(models, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(h + (x if self.short is None else self.short_norm(self.short(x))))
+
+
+class _Residual(Network):
+    def __init__(self, spec: ResNet18, models: int, shape: Sequence[int], classes: int) -> None:
+        super().__init__(models, spec.mean, spec.std)
+
+        def norm(models: int, channels: int) -> Layer:
+            if spec.norm == "batch":
+                return BatchNorm(models, channels)
+            return GroupNorm(models, channels, groups=math.gcd(channels, 32))
+
+        w = spec.width
+        self.stem, self.stem_norm = Conv(models, shape[0], w, bias=False), norm(models, w)
+        blocks, inputs = [], w
+        for outputs, stride in ((w, 1), (w, 1), (2 * w, 2), (2 * w, 1), (4 * w, 2), (4 * w, 1), (8 * w, 2), (8 * w, 1)):
+            blocks.append(_Block(models, inputs, outputs, stride, norm))
+            inputs = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.out = Linear(models, inputs, classes)
+
+    def body(self, x: Tensor) -> Tensor:
+        h = F.relu(self.stem_norm(self.stem(_side_by_side(x, self.models))))
+        h = self.blocks(h).mean((2, 3))
+        return self.out(h.unflatten(1, (self.models, -1)).transpose(0, 1)).flatten(0, 1)
+
+
+def _side_by_side(x: Tensor, models: int) -> Tensor:
+    """[M*B, C, H, W] -> [B, M*C, H, W]: one grouped convolution then serves all models."""
+    if models == 1:
+        return x
+    return x.unflatten(0, (models, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _initialised(net: Network, seeds: Sequence[int], device) -> Network:
+    if len(seeds) != net.models:
+        raise ValueError(f"{net.models} models need {net.models} seeds, got {len(seeds)}")
+    # drawn on the CPU whatever the device, so that a model starts from the same weights everywhere
+    streams = Streams(tuple(seeds), "init")
+    for number, layer in enumerate(net.layers):
+        layer.initialise(streams.fork(number))
+    return net.to(device)
