@@ -1,0 +1,132 @@
+"""How much privacy a noisy training run gives, by a well-kept accountant (dp_accounting), never by our own formulas.
+
+>>> budget(noise_multiplier=1.1, sampling_rate=0.01, steps=1000, delta=1e-5).epsilon      # doctest: +ELLIPSIS
+1.51...
+>>> str(budget(noise_multiplier=0.0, sampling_rate=0.01, steps=1000, delta=1e-5))
+'no guarantee: no noise is added'
+
+The neighbouring relation is add/remove, batches are Poisson samples, and the numbers are upper bounds: the tight PLD
+accountant where it answers in reasonable time, else RDP, named looser. Gaussian-DP approximations are not bounds and are
+not offered. Sources: Mironov 2017 (RDP), Koskela et al. 2020 and Doroshenko et al. 2022 (PLD).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from demem_lab.validate import choice, finite, integer
+
+VACUOUS = 50.0  # above this RDP epsilon a tighter number changes nothing, and PLD becomes slow
+ACCOUNTANTS = ("PLD", "RDP")
+
+
+@dataclass(frozen=True)
+class NoGuarantee:
+    """The value to use where nothing is promised: not a number, not infinity, not NaN."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"no guarantee: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """(epsilon, delta) of one sample under add/remove, and what it was computed from."""
+
+    epsilon: float
+    delta: float
+    accountant: str  # "PLD" (tight) or "RDP" (looser)
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+
+    def __str__(self) -> str:
+        looser = ", looser" if self.accountant == "RDP" else ""
+        return f"epsilon {self.epsilon:.3g} at delta {self.delta:.0e} ({self.accountant}{looser})"
+
+
+def budget(
+    *, noise_multiplier: float, sampling_rate: float, steps: int, delta: float, accountant: str | None = None
+) -> Budget | NoGuarantee:
+    """The budget spent by `steps` noisy sums, each sample in each batch with probability `sampling_rate`.
+
+    noise_multiplier: noise std divided by the clipping bound, >= 0; 0 gives NoGuarantee. steps: 0 spends nothing.
+    accountant: "PLD", "RDP" or None for the default rule (PLD unless RDP already says epsilon > 50).
+    Raises ValueError for values out of range.
+    """
+    sigma, rate, steps, delta = _checked(noise_multiplier, sampling_rate, steps, delta)
+    if accountant is not None:
+        choice("accountant", accountant, ACCOUNTANTS)
+    if sigma == 0:
+        return NoGuarantee("no noise is added")
+    if steps == 0:
+        return Budget(0.0, delta, accountant or "PLD", sigma, rate, steps)
+    loose = None if accountant == "PLD" else _epsilon("RDP", sigma, rate, steps, delta)
+    if accountant == "RDP" or (accountant is None and loose > VACUOUS):
+        if loose == float("inf"):
+            return NoGuarantee(f"noise multiplier {sigma:g} is too small for the accountant to bound epsilon")
+        return Budget(loose, delta, "RDP", sigma, rate, steps)
+    tight = _epsilon("PLD", sigma, rate, steps, delta)
+    if tight == float("inf"):
+        return NoGuarantee(f"delta {delta:g} is too small for noise multiplier {sigma:g}")
+    return Budget(tight, delta, "PLD", sigma, rate, steps)
+
+
+def noise_multiplier_for(*, epsilon: float, sampling_rate: float, steps: int, delta: float) -> float:
+    """The smallest noise multiplier (to 1e-3) whose PLD epsilon is at most `epsilon`. ValueError out of range."""
+    finite("epsilon", epsilon, low=0.01, high=VACUOUS, fix="above 50 the promise is empty")
+    _, rate, steps, delta = _checked(1.0, sampling_rate, steps, delta)
+    integer("steps", steps, low=1)
+    import dp_accounting
+
+    return dp_accounting.calibrate_dp_mechanism(
+        _pld, lambda sigma: _event(sigma, rate, steps), epsilon, delta,
+        dp_accounting.LowerEndpointAndGuess(0.3, 1.0), tol=1e-3,
+    )
+
+
+def epsilon_curve(noise_multipliers: Sequence[float], *, sampling_rate: float, steps: int, delta: float, accountant="RDP"):
+    """`budget` at each noise multiplier, as a list; RDP by default, which answers in milliseconds."""
+    return [
+        budget(noise_multiplier=s, sampling_rate=sampling_rate, steps=steps, delta=delta, accountant=accountant)
+        for s in noise_multipliers
+    ]
+
+
+def _checked(sigma: float, rate: float, steps: int, delta: float) -> tuple[float, float, int, float]:
+    sigma = finite("noise_multiplier", sigma, low=0)
+    rate, delta = finite("sampling_rate", rate, low=0, high=1), finite("delta", delta, low=0, high=1)
+    if rate == 0 or delta in (0, 1):
+        name, value = ("sampling_rate", rate) if rate == 0 else ("delta", delta)
+        raise ValueError(f"{name} must lie in (0, 1{']' if rate == 0 else ')'}, got {value:g}")
+    return sigma, rate, integer("steps", steps, low=0), delta
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(accountant: str, sigma: float, rate: float, steps: int, delta: float) -> float:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orders that do not converge are left out: still an upper bound
+    ledger = _pld() if accountant == "PLD" else _rdp()
+    return float(ledger.compose(_event(sigma, rate, steps)).get_epsilon(delta))
+
+
+def _event(sigma: float, rate: float, steps: int):
+    import dp_accounting as dp  # slow to import, and only needed here
+
+    once = dp.GaussianDpEvent(sigma)
+    return dp.SelfComposedDpEvent(once if rate == 1 else dp.PoissonSampledDpEvent(rate, once), steps)
+
+
+def _pld():
+    from dp_accounting.pld import PLDAccountant
+
+    return PLDAccountant()
+
+
+def _rdp():
+    from dp_accounting.rdp import RdpAccountant
+
+    return RdpAccountant()

@@ -1,0 +1,152 @@
+"""demem-lab on the command line: run notebooks headless, or the whole tour.
+
+    demem-lab run 05 --profile smoke -p noise_multiplier=1.0
+    demem-lab tour
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from demem_lab import runner, site
+
+INTRO = (
+    "Adversarially trained models withstand manipulated inputs and leak more about their training data. These notebooks "
+    "measure the leak, ask who pays for privacy, and try to protect only the samples at risk. Everything below was "
+    "computed when this page was made; hover over any figure for its numbers."
+)
+INDEX_MB = 25.0
+
+app = typer.Typer(help="Robust models leak: measure it, and protect those at risk.", no_args_is_help=True)
+
+
+@app.command("run")
+def run_command(
+    notebooks: Annotated[list[str], typer.Argument(help="paths, or numbers such as 05")],
+    profile: Annotated[str, typer.Option(help="smoke, lesson or full")] = "",
+    p: Annotated[list[str] | None, typer.Option("-p", help="name=value, may be repeated")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the executed notebooks and index.html")] = Path("runs/run"),
+) -> None:
+    """Run notebooks headless with checked parameters; exit status 1 when a cell fails, 2 for a bad parameter."""
+    paths = [found for name in notebooks for found in find(name)]
+    given = dict(_pair(text) for text in p or [])
+    if profile:
+        given["profile"] = profile
+    for path in paths:
+        _refuse_bad(lambda path=path: runner.check(path, given))
+    raise typer.Exit(run_all(paths, out, given))
+
+
+@app.command()
+def tour(
+    profile: Annotated[str, typer.Option(help="smoke, lesson or full")] = "lesson",
+    out: Annotated[Path, typer.Option(help="folder for notebooks, index.html and the table")] = Path("runs/tour"),
+) -> None:
+    """Run notebooks 00 to 05 in order; leaves them, one HTML page and a table of seconds and memory in OUT."""
+    paths = [find(f"{number:02d}")[0] for number in range(6)]
+    for path in paths:
+        _refuse_bad(lambda path=path: runner.check(path, {"profile": profile}))
+    raise typer.Exit(run_all(paths, out, {"profile": profile}))
+
+
+def find(name: str) -> list[Path]:
+    """The notebooks meant by a path or a number. typer.Exit(2) with one sentence when there is none."""
+    if Path(name).suffix == ".ipynb" and Path(name).exists():
+        return [Path(name)]
+    roots = [Path.cwd(), Path.cwd().parent, Path(__file__).resolve().parents[1]]
+    for root in roots:
+        found = sorted((root / "notebooks").glob(f"{name}_*.ipynb" if name.isdigit() else name))
+        if found:
+            return found
+    _stop(f"no notebook {name!r}: give a path to an .ipynb file, or a number such as 05 from a checkout of the repository")
+
+
+def run_all(paths: Sequence[Path], out: Path, given: dict) -> int:
+    """Run every notebook, also after a failure; write index.html and the tables; 0 only when all went well."""
+    results = []
+    os.environ.setdefault("DEMEM_PROFILE", str(given.get("profile", "lesson")))
+    for number, path in enumerate(paths, 1):
+        line = _Line(f"[{number}/{len(paths)}] {path.name}")
+        result = runner.run(path, out / path.name, given, say=line)
+        results.append(result)
+        line.end(
+            f"{result.seconds:.0f} s, {result.peak_mb:.0f} MB, {result.reused} results reused, {result.computed} computed"
+            + (f", FAILED in {result.error}" if result.error else "")
+        )
+        if result.error:
+            print(f"demem-lab: {path.name} failed in {result.error}; see {result.executed}", file=sys.stderr)
+    index = site.write(out / "index.html", results, title="demem_lab: the tour", intro=INTRO)
+    (out / "table.json").write_text(json.dumps([_plain(r) for r in results], indent=1))
+    (out / "table.md").write_text(_table(results))
+    seconds = sum(r.seconds for r in results)
+    print(f"{len(results)} notebooks in {seconds:.0f} s; report: {index}")
+    problems = [f"{r.notebook}: {what}" for r in results for what in r.over]
+    if index.stat().st_size > INDEX_MB * 1e6:
+        problems.append(f"index.html: {index.stat().st_size / 1e6:.1f} MB > {INDEX_MB} MB")
+    for problem in problems:
+        print(f"demem-lab: over budget: {problem}", file=sys.stderr)
+    return 1 if problems or any(r.error for r in results) else 0
+
+
+class _Line:
+    """Progress: one line rewritten on a terminal, else a line every ten seconds."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.live, self.last = name, sys.stdout.isatty(), 0.0
+
+    def __call__(self, text: str) -> None:
+        now = time.monotonic()
+        if self.live:
+            print(f"\r\x1b[K{self.name}: {text}", end="", flush=True)
+        elif now - self.last > 10:
+            print(f"{self.name}: {text}", flush=True)
+            self.last = now
+
+    def end(self, text: str) -> None:
+        print(f"{chr(13) + chr(27) + '[K' if self.live else ''}{self.name}: {text}", flush=True)
+
+
+def _table(results: Sequence[runner.Result]) -> str:
+    lines = ["| notebook | seconds (budget) | peak memory, MB | size, MB | computed | reused |", "|---|---|---|---|---|---|"]
+    for r in results:
+        lines.append(
+            f"| {r.notebook} | {r.seconds:.0f} ({r.budget_seconds}) | {r.peak_mb:.0f} ({r.memory_kind}) | {r.size_mb:.2f} "
+            f"| {r.computed} | {r.reused} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _plain(result: runner.Result) -> dict:
+    return {**asdict(result), "executed": str(result.executed), "over": result.over}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        _stop(f"parameters are given as name=value, got {text!r}")
+    return name, value
+
+
+def _refuse_bad(check) -> None:
+    try:
+        check()
+    except runner.ParameterError as error:
+        _stop(str(error))
+
+
+def _stop(message: str) -> None:
+    print(f"demem-lab: {message}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app()
