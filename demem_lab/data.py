@@ -1,0 +1,186 @@
+"""Images, labels, and who is a member of which training set.
+
+>>> digits = load()                                   # scikit-learn's scans of handwritten digits, no download
+>>> digits.n, digits.shape
+(1797, (1, 8, 8))
+>>> member_masks(digits.n, 4, seed=0).sum(1).tolist()
+[898, 899, 898, 899]
+
+Other data sets come through torchvision, from a folder that you name (`root` or $DEMEM_DATA); nothing is downloaded
+unless asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from demem_lab.streams import key
+from demem_lab.validate import choice, finite, images, integer, labels
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images x float32 [N, C, H, W] in [0, 1], labels y int64 [N], and what is usual for them.
+
+    Raises ValueError for pixels outside [0, 1] or NaN, wrong shapes, labels out of range, or fewer than two classes.
+    """
+
+    name: str
+    x: Tensor
+    y: Tensor
+    classes: tuple[str, ...]
+    source: str
+    eps: float  # usual Linf attack radius, in pixel units
+
+    def __post_init__(self) -> None:
+        images(self.x)
+        labels(self.y, n=len(self.x), classes=len(self.classes))
+        present = len(self.y.unique())
+        if present < 2:
+            raise ValueError(f"a data set needs samples of at least 2 classes, got {present}; take a larger subset")
+
+    @property
+    def n(self) -> int:
+        """Number of samples N."""
+        return len(self.y)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return tuple(self.x.shape[1:])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the content."""
+        content = hashlib.sha256(self.x.contiguous().numpy().tobytes())
+        content.update(self.y.contiguous().numpy().tobytes())
+        return content.hexdigest()[:32]
+
+    def subset(self, n: int, *, seed: int = 0) -> Dataset:
+        """`n` samples drawn without replacement. ValueError when there are not that many."""
+        integer("subset", n, low=2, high=self.n, fix=f"{self.name} has {self.n} samples")
+        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(key(seed, "subset")))[:n]
+        return replace(self, x=self.x[order], y=self.y[order])
+
+
+@dataclass(frozen=True)
+class _Known:
+    loader: str  # class in torchvision.datasets
+    eps: float
+    source: str
+    classes: tuple[str, ...] = tuple("0123456789")
+
+
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+KNOWN = {
+    "fashion_mnist": _Known("FashionMNIST", 0.05, "Fashion-MNIST (Xiao et al. 2017)", _FASHION),
+    "mnist": _Known("MNIST", 0.3, "MNIST (LeCun et al. 1998)"),
+    "cifar10": _Known("CIFAR10", 8 / 255, "CIFAR-10 (Krizhevsky 2009)", _CIFAR10),
+    "cifar100": _Known("CIFAR100", 8 / 255, "CIFAR-100 (Krizhevsky 2009)", tuple(map(str, range(100)))),
+    "svhn": _Known("SVHN", 8 / 255, "SVHN (Netzer et al. 2011)"),
+}
+NAMES = ("digits", *KNOWN)
+
+
+def load(
+    name: str = "digits", *, root: str | Path | None = None, download: bool = False, split: str = "train",
+    subset: int | None = None, seed: int = 0,
+) -> Dataset:
+    """A data set by name: digits, fashion_mnist, mnist, cifar10, cifar100, svhn.
+
+    root: where torchvision finds or puts the files (default $DEMEM_DATA). download: fetch what is missing. split: "train"
+    or "test" (digits have one part). subset: that many random samples, chosen by `seed`.
+    Raises ValueError for an unknown name, FileNotFoundError with the fix when the files are not there.
+    """
+    choice("dataset", name, NAMES)
+    choice("split", split, ("train", "test"))
+    loaded = _digits() if name == "digits" else _torchvision(name, root, download, split)
+    return loaded if not subset else loaded.subset(subset, seed=seed)
+
+
+def member_masks(n: int, models: int, *, seed: int, design: str = "balanced", p: float = 0.5) -> Tensor:
+    """Who is in whose training set: bool [models, n].
+
+    "balanced": rows 2j and 2j+1 are complementary halves (sizes differ by at most one), so every sample is in exactly
+    half of the models; `models` must be even. "independent": every entry is a coin of probability p.
+    Row pairs depend on `seed` and their number only: more models keep the first rows as they were.
+    """
+    integer("n", n, low=2)
+    integer("models", models, low=1)
+    choice("design", design, ("balanced", "independent"))
+    finite("p", p, low=0, high=1)
+    if design == "independent":
+        rows = [torch.rand(n, generator=_generator(seed, "independent", m)) < p for m in range(models)]
+        return torch.stack(rows)
+    if models % 2 or p != 0.5:
+        raise ValueError(f"balanced masks need an even number of models and p = 0.5, got {models} models and p = {p}")
+    mask = torch.zeros(models, n, dtype=torch.bool)
+    for pair in range(models // 2):
+        order = torch.randperm(n, generator=_generator(seed, "balanced", pair))
+        mask[2 * pair, order[: n // 2]] = True
+        mask[2 * pair + 1, order[n // 2 :]] = True
+    return mask
+
+
+def mislabelled(dataset: Dataset, count: int, *, seed: int) -> tuple[Dataset, Tensor]:
+    """The data set with `count` random samples given a uniformly drawn WRONG label, and their indices int64 [count].
+
+    Such canaries are the most exposed samples one can plant: nothing but memory explains a model that knows them.
+    """
+    integer("count", count, low=0, high=dataset.n)
+    generator = _generator(seed, "canaries", 0)
+    index = torch.randperm(dataset.n, generator=generator)[:count]
+    shift = torch.randint(1, len(dataset.classes), (count,), generator=generator)
+    y = dataset.y.clone()
+    y[index] = (y[index] + shift) % len(dataset.classes)
+    return replace(dataset, y=y), index
+
+
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    x = torch.tensor(raw.images, dtype=torch.float32)[:, None] / 16
+    source = "optical recognition of handwritten digits (Alpaydin & Kaynak 1998), as in scikit-learn"
+    return Dataset("digits", x, torch.tensor(raw.target, dtype=torch.int64), tuple("0123456789"), source, 0.1)
+
+
+def _torchvision(name: str, root: str | Path | None, download: bool, split: str) -> Dataset:
+    import torchvision.datasets as known_sets
+
+    known = KNOWN[name]
+    folder = root or os.environ.get("DEMEM_DATA")
+    if not folder:
+        raise FileNotFoundError(
+            f"{name} needs a folder for its files: set DEMEM_DATA or pass root=..., and download=True the first time"
+        )
+    loader = getattr(known_sets, known.loader)
+    part = {"split": split} if name == "svhn" else {"train": split == "train"}
+    try:
+        raw = loader(str(folder), download=download, **part)
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, PermissionError) or (Path(folder).exists() and not Path(folder).is_dir()):
+            raise PermissionError(f"{name} cannot be read or written in {folder}; choose another folder as DEMEM_DATA") from None
+        what = f"could not be downloaded to {folder} ({error})" if download else f"is not in {folder}"
+        raise FileNotFoundError(
+            f"{name} {what}; load({name!r}, root=..., download=True) fetches it, or set DEMEM_DATA to where it is"
+        ) from None
+    pixels = torch.as_tensor(raw.data)
+    if name in ("cifar10", "cifar100"):
+        pixels = pixels.permute(0, 3, 1, 2)
+    elif pixels.ndim == 3:
+        pixels = pixels[:, None]
+    y = torch.as_tensor(raw.labels if name == "svhn" else raw.targets, dtype=torch.int64)
+    return Dataset(name, pixels.float().contiguous() / 255, y, known.classes, known.source, known.eps)
+
+
+def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(key(seed, f"mask.{purpose}", number))

@@ -1,0 +1,150 @@
+"""Which samples are at risk: memorization scores, cheap stand-ins for them, and the sets one protects.
+
+>>> found = memorization(p, member)                      # p [M, N]: probability of the right label
+>>> chosen = protected_set(found.score, fraction=0.1)
+>>> chosen.mask.sum(), chosen.risk_threshold             # doctest: +SKIP
+
+A sample is memorized when models that trained on it get it right and models that did not get it wrong (Feldman & Zhang
+2020, equation 1). Score it in the way it will be attacked: for robust models, on adversarial examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from demem_lab.membership import Interval
+from demem_lab.validate import finite, integer
+
+
+@dataclass(frozen=True)
+class MemorizationScore:
+    """score [N] = mean over in-models - mean over out-models, its standard error [N], and how many models there were."""
+
+    score: np.ndarray
+    standard_error: np.ndarray
+    in_models: np.ndarray
+    out_models: np.ndarray
+
+
+def memorization(p: np.ndarray, member: np.ndarray) -> MemorizationScore:
+    """Memorization of each sample from p [M, N] (probability of the right label, or 0/1 for right) and member [M, N].
+
+    Raises ValueError when a sample has no in- or no out-model. The standard error is NaN-free: with one model on a side
+    that side's variance is taken as 1/4, the largest a value in [0, 1] can have.
+    """
+    p, member = np.asarray(p, dtype=np.float64), np.asarray(member, dtype=bool)
+    if p.shape != member.shape or p.ndim != 2:
+        raise ValueError(f"p and member must both be [M, N], got {list(p.shape)} and {list(member.shape)}")
+    if np.isnan(p).any():
+        raise ValueError("p contains NaN; check the logits it was computed from")
+    inside, outside = member.sum(0), (~member).sum(0)
+    if inside.min() < 1 or outside.min() < 1:
+        raise ValueError("every sample needs at least one model with it and one without; use complementary halves")
+
+    def side(who: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean = np.where(who, p, 0).sum(0) / count
+        squares = np.where(who, (p - mean) ** 2, 0).sum(0)
+        return mean, np.where(count > 1, squares / np.maximum(count - 1, 1), 0.25) / count
+
+    (mean_in, error_in), (mean_out, error_out) = side(member, inside), side(~member, outside)
+    return MemorizationScore(mean_in - mean_out, np.sqrt(error_in + error_out), inside, outside)
+
+
+def loss_trace_iqr(trace: np.ndarray) -> np.ndarray:
+    """Interquartile range [N] of each sample's losses along training (Pollock et al. 2024): almost free.
+
+    trace: [E, N] or [M, E, N], NaN where a sample was not seen (non-members, undrawn); several models are averaged.
+    """
+    trace = np.asarray(trace, dtype=np.float64)
+    trace = trace[None] if trace.ndim == 2 else trace
+    seen = (~np.isnan(trace)).any(1)
+    if not seen.any(0).all():
+        raise ValueError(f"{int((~seen.any(0)).sum())} samples were never drawn by any model; give more models or epochs")
+    with np.errstate(all="ignore"):
+        filled = np.where(seen[:, None], trace, 0)
+        low, high = np.nanpercentile(filled, [25, 75], axis=1)
+    return np.where(seen, high - low, 0).sum(0) / seen.sum(0)
+
+
+def early_loss(trace: np.ndarray, *, epochs: int) -> np.ndarray:
+    """Mean loss [N] of each sample over the first `epochs` epochs in which it was seen; trace as in loss_trace_iqr."""
+    trace = np.asarray(trace, dtype=np.float64)
+    trace = trace[None] if trace.ndim == 2 else trace
+    integer("epochs", epochs, low=1, high=trace.shape[1])
+    early = trace[:, :epochs]
+    seen = ~np.isnan(early)
+    if not seen.any((0, 1)).all():
+        raise ValueError(f"{int((~seen.any((0, 1))).sum())} samples were not drawn in {epochs} epochs; take more epochs")
+    return np.where(seen, early, 0).sum((0, 1)) / seen.sum((0, 1))
+
+
+@dataclass(frozen=True)
+class ProtectedSet:
+    """mask bool [N]; the score at or above which a sample is in it; the share of all samples."""
+
+    mask: np.ndarray
+    risk_threshold: float
+    fraction: float
+
+
+def protected_set(
+    score: np.ndarray, *, risk_threshold: float | None = None, fraction: float | None = None
+) -> ProtectedSet:
+    """The samples with score >= risk_threshold, or the riskiest `fraction` of all (ties go to the lower index).
+
+    Give exactly one of both. Nobody (threshold inf, fraction 0) and everybody (threshold -inf, fraction 1) are legal.
+    """
+    score = np.asarray(score, dtype=np.float64)
+    if score.ndim != 1 or np.isnan(score).any():
+        raise ValueError("scores must be one number a sample, without NaN")
+    if (risk_threshold is None) == (fraction is None):
+        raise ValueError("give either risk_threshold or fraction, exactly one of them")
+    if risk_threshold is not None:
+        if np.isnan(risk_threshold):
+            raise ValueError("risk_threshold must not be NaN; use inf for nobody and -inf for everybody")
+        mask = score >= risk_threshold
+        return ProtectedSet(mask, float(risk_threshold), float(mask.mean()))
+    finite("fraction", fraction, low=0, high=1)
+    count = round(fraction * len(score))
+    mask = np.zeros(len(score), dtype=bool)
+    mask[np.argsort(-score, kind="stable")[:count]] = True
+    threshold = {0: np.inf, len(score): -np.inf}.get(count)
+    if threshold is None:
+        threshold = score[mask].min()
+    return ProtectedSet(mask, float(threshold), count / len(score))
+
+
+def random_set(n: int, count: int, *, seed: int) -> np.ndarray:
+    """bool [n] with exactly `count` True, at random: the control for choosing by risk."""
+    integer("count", count, low=0, high=n)
+    mask = np.zeros(n, dtype=bool)
+    mask[np.random.default_rng(seed).permutation(n)[:count]] = True
+    return mask
+
+
+def deciles(score: np.ndarray, *, groups: int = 10) -> np.ndarray:
+    """int [N]: 0 for the tenth with the lowest risk to groups - 1 for the highest; sizes differ by at most one."""
+    score = np.asarray(score, dtype=np.float64)
+    integer("groups", groups, low=2, high=len(score))
+    rank = np.empty(len(score), dtype=np.int64)
+    rank[np.argsort(score, kind="stable")] = np.arange(len(score))
+    return rank * groups // len(score)
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> Interval:
+    """Spearman's correlation with Fisher's interval (standard error by Bonett & Wright 2000)."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    rho = float(stats.spearmanr(a, b).statistic)
+    half = stats.norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (len(a) - 3))
+    return Interval(rho, float(np.tanh(np.arctanh(rho) - half)), float(np.tanh(np.arctanh(rho) + half)), len(a))
+
+
+def precision_at_top(proxy: np.ndarray, score: np.ndarray, *, fraction: float, level: float = 0.95) -> Interval:
+    """How many of the top `fraction` by `proxy` are in the top `fraction` by `score`; Clopper-Pearson interval."""
+    a, b = protected_set(proxy, fraction=fraction).mask, protected_set(score, fraction=fraction).mask
+    hits, n = int((a & b).sum()), int(a.sum())
+    found = stats.binomtest(hits, n).proportion_ci(level, method="exact")
+    return Interval(hits / n, float(found.low), float(found.high), n)

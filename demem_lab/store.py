@@ -1,0 +1,225 @@
+"""Results kept by what they were computed from: the same question is never computed twice, a changed one always is.
+
+>>> import tempfile
+>>> store = Store(tempfile.mkdtemp())
+>>> entry = store.compute("sum", {"a": 1, "b": 2}, lambda: {"total": np.array(3)})
+>>> int(entry.arrays["total"]), entry.fresh
+(3, True)
+>>> store.compute("sum", {"a": 1, "b": 2}, lambda: {"total": np.array(3)}).fresh
+False
+
+An entry is a safetensors file with the arrays and a JSON file with the configuration and a digest. Both are written
+beside their place and moved into it, data first, so that a killed process leaves no half of an entry. A damaged entry is
+noticed by its digest, reported, and computed anew. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+
+class StoreWarning(UserWarning):
+    """An entry could not be read and will be computed again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Arrays of one result, what they were computed from, and whether that happened just now."""
+
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+    fresh: bool
+    path: Path
+
+
+class Store:
+    """A folder of results: the argument, else $DEMEM_STORE, else the user's cache folder.
+
+    Several processes and threads may share it. Raises PermissionError when the folder cannot be written.
+    """
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        if root is None:
+            from platformdirs import user_cache_dir
+
+            root = os.environ.get("DEMEM_STORE") or user_cache_dir("demem_lab")
+        self.root = Path(root).expanduser()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise PermissionError(
+                f"results cannot be kept in {self.root} ({error.strerror}); set DEMEM_STORE to a folder you can write to"
+            ) from None
+
+    def key(self, kind: str, config: Any, *, modules: Sequence[str] = ()) -> str:
+        """Digest of kind, configuration, and the source of the demem_lab `modules` that compute it."""
+        text = json.dumps([kind, canonical(config), code_version(tuple(modules))], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+    def get(self, kind: str, config: Any, *, modules: Sequence[str] = ()) -> Entry | None:
+        """The entry, or None when there is none (or a damaged one, with a StoreWarning)."""
+        return self._read(self._place(kind, config, modules))
+
+    def put(
+        self, kind: str, config: Any, arrays: Mapping[str, Any], meta: Mapping[str, Any] | None = None, *,
+        modules: Sequence[str] = (), fresh: bool = True,
+    ) -> Entry:
+        """Keep `arrays` (NumPy, or anything np.asarray takes) under their configuration."""
+        from safetensors.numpy import save
+
+        place = self._place(kind, config, modules)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {name: np.ascontiguousarray(a).reshape(np.shape(a)) for name, a in arrays.items()}
+        content = save(arrays)
+        digest = hashlib.sha256(content).hexdigest()
+        # the data file carries its digest in its name: a reader never meets the JSON of one write and the data of another
+        data = place.with_name(f"{place.name}.{digest[:12]}.safetensors")
+        full = {
+            **(meta or {}), "config": canonical(config), "kind": kind, "versions": _versions(), "created": time.time(),
+            "data": data.name, "sha256": digest,
+        }
+        _write(data, content)
+        _write(place.with_suffix(".json"), json.dumps(full).encode())
+        for old in place.parent.glob(f"{place.name}.*.safetensors"):
+            if old != data:
+                old.unlink(missing_ok=True)
+        return Entry(arrays, full, fresh, data)
+
+    def compute(self, kind: str, config: Any, function: Callable[[], Any], *, modules: Sequence[str] = ()) -> Entry:
+        """The kept entry, or function() -> arrays, or (arrays, meta), kept. Computed once, whoever else is asking."""
+        place = self._place(kind, config, modules)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        entry = self._read(place)
+        if entry is None:
+            # an operating-system lock: a killed process gives it back
+            with FileLock(str(place) + ".lock"):
+                entry = self._read(place)
+                if entry is None:
+                    made = function()
+                    arrays, meta = made if isinstance(made, tuple) else (made, {})
+                    seconds = time.monotonic() - began
+                    entry = self.put(kind, config, arrays, {"seconds": seconds, **meta}, modules=modules)
+        _log(kind, place.name, entry.fresh, time.monotonic() - began)
+        return entry
+
+    def drop(self, kind: str, config: Any, *, modules: Sequence[str] = ()) -> None:
+        """Forget an entry; nothing happens when there is none."""
+        place = self._place(kind, config, modules)
+        for file in place.parent.glob(f"{place.name}.*"):
+            if file.suffix != ".lock":
+                file.unlink(missing_ok=True)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What is kept: kind, key, megabytes, created (seconds since 1970), a row for each entry."""
+        rows = []
+        for file in sorted(self.root.glob("*/*.json")):
+            entry = self._read(file.with_suffix(""))
+            if entry is not None:
+                size = entry.path.stat().st_size / 1e6
+                rows.append({"kind": file.parent.name, "key": file.stem, "MB": size, "created": entry.meta["created"]})
+        return rows
+
+    def _place(self, kind: str, config: Any, modules: Sequence[str]) -> Path:
+        return self.root / kind / self.key(kind, config, modules=modules)
+
+    def _read(self, place: Path) -> Entry | None:
+        from safetensors.numpy import load
+
+        sidecar = place.with_suffix(".json")
+        if not sidecar.exists():
+            return None
+        try:
+            meta = json.loads(sidecar.read_bytes())
+            path = sidecar.with_name(meta["data"])
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != meta["sha256"]:
+                raise ValueError("its content does not have the digest it was written with")
+            return Entry(load(content), meta, False, path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"damaged result {sidecar} is computed again: {error}", StoreWarning, stacklevel=3)
+            return None
+
+
+def canonical(config: Any) -> Any:
+    """A JSON-able form that is equal exactly for equal configurations. TypeError for what has no such form."""
+    if config is None or isinstance(config, (bool, str, int)):
+        return config
+    if isinstance(config, float):
+        if math.isnan(config):
+            raise ValueError("NaN cannot be part of a configuration: it is not equal to itself")
+        return {"float": repr(config)}
+    if isinstance(config, Enum):
+        return [type(config).__name__, config.name]
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = {f.name: canonical(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"class": type(config).__name__, **fields}
+    if isinstance(config, Mapping):
+        return {str(name): canonical(value) for name, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [canonical(value) for value in config]
+    if isinstance(config, Path):
+        return str(config)
+    if isinstance(config, np.generic):
+        return canonical(config.item())
+    if hasattr(config, "detach"):  # a torch tensor; torch itself is not needed here
+        config = config.detach().cpu().numpy()
+    if isinstance(config, np.ndarray):
+        content = hashlib.sha256(np.ascontiguousarray(config).tobytes()).hexdigest()
+        return {"sha256": content, "shape": list(config.shape), "dtype": str(config.dtype)}
+    raise TypeError(f"{type(config).__name__} cannot be part of a configuration; use numbers, text, arrays or dataclasses")
+
+
+@lru_cache
+def code_version(modules: tuple[str, ...]) -> str:
+    """Digest of the source of these demem_lab modules and of torch's version."""
+    folder = Path(__file__).parent
+    parts = [(folder / f"{name}.py").read_bytes() for name in modules]
+    return hashlib.sha256(b"".join([*parts, _torch_version().encode()])).hexdigest()[:16]
+
+
+def _torch_version() -> str:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": _torch_version(), "numpy": np.__version__}
+
+
+def _write(path: Path, content: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{os.getpid()}-{threading.get_ident()}-")
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(name, path)
+
+
+def _log(kind: str, key: str, fresh: bool, seconds: float) -> None:
+    """One line for whoever runs this notebook and wants to tell what was computed and what was reused."""
+    log = os.environ.get("DEMEM_STORE_LOG")
+    if log:
+        with open(log, "a") as file:
+            file.write(json.dumps({"kind": kind, "key": key, "fresh": fresh, "seconds": round(seconds, 3)}) + "\n")
