@@ -13,7 +13,6 @@ Sources: FGSM (Goodfellow et al. 2015), PGD (Madry et al. 2018), AutoAttack (Cro
 
 from __future__ import annotations
 
-
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -185,7 +184,8 @@ def autoattack(net, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", bat
     try:
         from pyautoattack import AutoAttack
     except ImportError:
-        raise ImportError("AutoAttack needs the package pyautoattack; install it with: pip install 'demem-lab[attacks]'") from None
+        fix = "install it with: pip install 'demem-lab[attacks]'"
+        raise ImportError(f"AutoAttack needs the package pyautoattack; {fix}") from None
     check_query(net, x, y)
     choice("norm", norm, ("linf", "l2"))
     with frozen(net):

@@ -112,6 +112,11 @@ class AuditReport:
         """`arm` minus `other`, paired by seed: both had the same members, so what the seeds share cancels."""
         return seed_interval(self.values(arm, metric, group) - self.values(other, metric, group))
 
+    def change(self, arm: str, other: str, metric: str, group: str = "all") -> Interval:
+        """The same relative to `other`, as a fraction of it: -0.1 is a tenth less."""
+        base = self.values(other, metric, group)
+        return seed_interval((self.values(arm, metric, group) - base) / base)
+
     def to_frame(
         self, columns: Sequence[tuple[str, str]] = (("accuracy", "all"), ("robust", "all"), ("leak", "all")), *,
         arms: Sequence[str] | None = None, percent: bool = True,
@@ -156,6 +161,20 @@ def merge(*reports: AuditReport) -> AuditReport:
         raise ValueError(f"reports at different false positive rates cannot be merged: {[r.fpr for r in reports]}")
     rows = pd.concat([r.rows for r in reports]).drop_duplicates(["arm", "seed", "group", "metric"])
     return AuditReport(rows, reports[0].fpr, {arm: text for r in reports for arm, text in r.guarantees.items()})
+
+
+def verdict(claim: str, difference: Interval) -> str:
+    """What the seeds say about a claim that a positive difference would support, as one sentence with the numbers.
+
+    "Holds" and "contradicted" need the whole 95 % interval on one side of 0; else it is "not decided".
+    """
+    if difference.low is None:
+        return f"NOT DECIDED: {claim} ({100 * difference.mean:+.1f} points, one seed gives no interval)"
+    word = "HOLDS" if difference.low > 0 else "CONTRADICTED" if difference.high < 0 else "NOT DECIDED"
+    return (
+        f"{word}: {claim} ({100 * difference.mean:+.1f} points, 95 % interval {100 * difference.low:+.1f} to "
+        f"{100 * difference.high:+.1f}, {difference.n} seeds)"
+    )
 
 
 def spell(interval: Interval, *, percent: bool = True, digits: int = 1) -> str:

@@ -25,7 +25,7 @@ import torch
 from demem_lab import data, risk, training
 from demem_lab.attacks import PGD, margin
 from demem_lab.data import Dataset
-from demem_lab.mechanisms import Guarantee, Mechanism, Plain
+from demem_lab.mechanisms import DPSGD, Guarantee, Mechanism, Plain
 from demem_lab.membership import confidence, evaluate, lira, logit_margin
 from demem_lab.models import MLP, SmallCNN, Spec
 from demem_lab.objectives import PGDAT, Objective
@@ -37,6 +37,8 @@ from demem_lab.training import Recipe
 from demem_lab.validate import choice, integer
 
 Flags = torch.Tensor  # bool [N]
+PLAIN_RATES = (0.03, 0.1, 0.3)
+CLIP_RATES = (0.5, 1.0, 2.0, 4.0)  # a clipped gradient is short, so the steps may be long
 MODULES = (*training.MODULES, "experiment")
 
 
@@ -182,7 +184,8 @@ class Experiment:
         )
         return Run(
             name, seed, self.dataset.y.numpy(), members.numpy(), entry.arrays["clean"], entry.arrays["adversarial"],
-            entry.arrays["robust"], guarantee, steps, rate, None if flagged is None else np.asarray(flagged), entry.arrays.get("trace"), entry.fresh,
+            entry.arrays["robust"], guarantee, steps, rate, None if flagged is None else np.asarray(flagged),
+            entry.arrays.get("trace"), entry.fresh,
         )
 
     def risk(self, seed: int) -> risk.MemorizationScore:
@@ -215,6 +218,20 @@ class Experiment:
         """One arm that treats everybody alike, at every reported seed."""
         return [self.run(name, seed=seed, **changes) for seed in self.seeds]
 
+    def tuned(self) -> Experiment:
+        """The same with plain adversarial training's learning rate chosen on the tuning seed."""
+        return replace(self, lr=best_rate(self.tune("none", PLAIN_RATES)))
+
+    def rate_for_everybody(self, noise_multiplier: float) -> float:
+        """The learning rate for DP-SGD with this noise multiplier, chosen on the tuning seed: each noise has its own."""
+        return best_rate(self.tune_everybody(noise_multiplier))
+
+    def tune_everybody(self, noise_multiplier: float) -> dict[float, dict[str, float]]:
+        """`tune` for DP-SGD: the more noise, the smaller the rates worth trying; clipping alone wants large ones."""
+        return self.tune(
+            f"DP for everybody, noise {noise_multiplier:g}", dp_rates(noise_multiplier), mechanism=DPSGD(noise_multiplier)
+        )
+
     def tune(self, name: str, rates: Sequence[float], **changes) -> dict[float, dict[str, float]]:
         """Each learning rate on the tuning seed, all as ONE batch: {lr: {"clean", "robust", "leak"}} of non-members.
 
@@ -231,6 +248,13 @@ class Experiment:
             leak = evaluate(part.scores["adversarial"], part.members, fprs=(0.1,)).auc.mean()
             found[rate] = {kind: float(ok[~part.members].mean()) for kind, ok in part.right.items()} | {"leak": float(leak)}
         return found
+
+
+def dp_rates(noise_multiplier: float) -> tuple[float, ...]:
+    """Learning rates to try for DP-SGD with max_grad_norm 1: where noise rules, the best one goes as 1 / noise."""
+    if noise_multiplier == 0:
+        return CLIP_RATES
+    return tuple(float(f"{rate / max(noise_multiplier, 0.03):.2g}") for rate in (0.01, 0.03, 0.1))
 
 
 def best_rate(tuned: dict[float, dict[str, float]]) -> float:
@@ -257,7 +281,7 @@ class Profile:
 
     def experiment(
         self, *, dataset: str = "", subset: int = 0, model: str = "", models: int = 0, seeds: int = 0, epochs: float = 0,
-        eps: float = 0, data_root: str = "", device: str = "auto", progress: bool | None = None,
+        eps: float = 0, data_root: str = "", download: bool = False, device: str = "auto", progress: bool | None = None,
     ) -> Experiment:
         """The experiment of this profile; what is given (not empty, not 0) takes the place of the profile's value."""
         chosen = replace(
@@ -265,7 +289,7 @@ class Profile:
             seeds=seeds or self.seeds, epochs=epochs or self.epochs, tuning_models=min(self.tuning_models, models or 64),
             subset=subset or (self.subset if dataset in ("", self.dataset) else 2000),
         )
-        loaded = data.load(chosen.dataset, root=data_root or None, subset=chosen.subset or None)
+        loaded = data.load(chosen.dataset, root=data_root or None, download=download, subset=chosen.subset or None)
         architecture = choice("model", chosen.model, ("mlp", "cnn"))
         spec = MLP((self.width, self.width)) if architecture == "mlp" else SmallCNN()
         quiet = os.environ.get("DEMEM_HEADLESS") == "1"

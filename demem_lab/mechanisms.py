@@ -165,7 +165,8 @@ class Drop(Mechanism):
         flags("flagged", self.flagged, n=n)
 
     def guarantee(self, *, n: int, **_) -> Guarantee:
-        return Guarantee(NoGuarantee("dropping is a choice made from the data; the samples left have none"), 0, n, "from_data", ())
+        reason = "dropping is a choice made from the data; the samples left have none"
+        return Guarantee(NoGuarantee(reason), 0, n, "from_data", ())
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Every point has the same members and the same seeds, so neighbouring points diff
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,13 +61,13 @@ class Plane:
 
 def sweep(
     lab: Experiment, *, noise_multipliers: Sequence[float], fractions: Sequence[float], seed: int,
-    max_grad_norm: float = 1.0, models: int | None = None, lr_everybody: float | None = None,
+    max_grad_norm: float = 1.0, models: int | None = None, lr_everybody: Callable[[float], float] | None = None,
     high_risk: float = 0.1,
 ) -> Plane:
     """Train SelectiveDP at every pair of noise multiplier and protected fraction (0: nobody, 1: everybody).
 
-    lr_everybody: the learning rate tuned for DP-SGD, used where everybody is protected. high_risk: the fraction of
-    samples called "high risk" in the columns, the same at every point. Nobody is trained once, without noise.
+    lr_everybody: noise multiplier -> the learning rate tuned for DP-SGD, used where everybody is protected. high_risk: the
+    fraction of samples called "high risk" in the columns, the same at every point. Nobody is trained once, without noise.
     """
     models = models or lab.tuning_models
     score = lab.risk(seed).score
@@ -78,7 +78,7 @@ def sweep(
     sets = {f: risk.protected_set(score, fraction=f) for f in fractions}
     sigmas = tuple(s for s, _ in points for _ in range(models))
     protected = torch.stack([torch.as_tensor(sets[f].mask) for _, f in points for _ in range(models)])
-    rates = tuple(lr_everybody if lr_everybody and f == 1 else lab.lr for _, f in points for _ in range(models))
+    rates = tuple(lr_everybody(s) if lr_everybody and f == 1 else lab.lr for s, f in points for _ in range(models))
     recipe = lab.recipe(mechanism=SelectiveDP(sigmas, max_grad_norm, protected), lr=rates)
     members = lab.members(seed, models)
     run = lab.tables(

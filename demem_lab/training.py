@@ -25,7 +25,7 @@ from tqdm import tqdm
 from demem_lab import farm
 from demem_lab.attacks import PGD, Loss, cross_entropy, frozen
 from demem_lab.data import Dataset
-from demem_lab.mechanisms import Batch, Guarantee, Mechanism, Plain, Setting
+from demem_lab.mechanisms import Batch, Guarantee, Mechanism, Plain
 from demem_lab.models import MLP, Network, Spec
 from demem_lab.objectives import Natural, Objective
 from demem_lab.optimizers import SGD, AdamW, HalfFlat, Schedule
@@ -128,8 +128,8 @@ def outputs(
 ) -> np.ndarray:
     """Logits [M, N, K] float32 of every model on every sample, clean or on that model's own adversarial examples.
 
-    `loss` is what the attack increases. The one table that all measuring reads. Attacks run at full strength, no sample is dropped early. A random start, if
-    the attack has one, comes from each model's own stream.
+    `loss` is what the attack increases. The one table that all measuring reads. Attacks run at full strength, no sample is
+    dropped early. A random start, if the attack has one, comes from each model's own stream.
     """
     on = farm.device(device)
     farm.one_thread_each(on)

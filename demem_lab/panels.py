@@ -1,0 +1,265 @@
+"""Live panels: a few controls, one figure, one read-out. Results come in, nothing is trained and nothing plotted here.
+
+A panel is a pure function from a position to a result (`attack_result`, `nearest_point`, `Plane.nearest`), a figure from
+`views`, and a thin class that joins them. Each slider has a number box beside it for the keyboard; the read-out says in
+words what the figure shows. An error in a callback appears in the read-out, not in a log that nobody sees.
+
+>>> panel = NoisePanel(points)                            # shows itself in JupyterLab          # doctest: +SKIP
+>>> panel.noise.value = 0.8; panel.readout.value          # the nearest trained point, in words # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Mapping, Sequence
+
+import ipywidgets as widgets
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from IPython.display import display
+
+from demem_lab import views
+from demem_lab.attacks import PGD
+from demem_lab.data import Dataset
+from demem_lab.sweep import Plane
+from demem_lab.validate import finite
+
+PICTURES = 48
+
+
+class Panel:
+    """Base of all panels: `controls` call `update`, and whatever goes wrong is shown in `readout`."""
+
+    def __init__(self, controls: Sequence[widgets.Widget], boxes: Sequence[widgets.Widget], figure: go.Figure) -> None:
+        self.figure = go.FigureWidget(figure)
+        self.readout = widgets.HTML()
+        self.widget = widgets.VBox([*boxes, self.readout, self.figure])
+        for control in controls:
+            control.observe(self._changed, names="value")
+        self._changed(None)
+
+    def update(self) -> str:
+        """Bring the figure in line with the controls; returns the read-out as HTML."""
+        raise NotImplementedError
+
+    def _changed(self, _) -> None:
+        try:
+            text = self.update()
+        except Exception as error:  # shown to the reader: a panel that silently keeps the old picture would be a lie
+            text = f'<b style="color:#a31515">{html.escape(type(error).__name__)}: {html.escape(str(error))}</b>'
+        self.readout.value = f'<div role="status" aria-live="polite">{text}</div>'
+
+    def _ipython_display_(self) -> None:
+        display(self.widget)
+
+
+class AttackPanel(Panel):
+    """Pick an image, an attack radius and a number of steps: see what the attack does to one model's mind."""
+
+    def __init__(self, net, dataset: Dataset, *, eps: float | None = None, rows: Sequence[int] | None = None) -> None:
+        self.net, self.dataset = net, dataset
+        self.rows = list(range(dataset.n)) if rows is None else list(rows)
+        radius = dataset.eps if eps is None else eps
+        self.image, first = _whole("image", 0, len(self.rows) - 1, 0)
+        self.eps, second = _number("attack radius eps", 0.0, 3 * radius, radius, step=radius / 10)
+        self.steps, third = _whole("PGD steps", 1, 40, 10)
+        super().__init__((self.image, self.eps, self.steps), (first, second, third), self._draw(self._result()))
+
+    def _result(self) -> dict:
+        row = self.rows[self.image.value]
+        x, y = self.dataset.x[row : row + 1], self.dataset.y[row : row + 1]
+        return attack_result(self.net, x, y, eps=self.eps.value, steps=self.steps.value)
+
+    def _draw(self, found: dict) -> go.Figure:
+        seen = found["clean"], found["moved"], found["before"], found["after"]
+        return views.attacked(*seen, self.dataset.classes, eps=found["eps"])
+
+    def update(self) -> str:
+        found = self._result()
+        new = views.attack_traces(
+            found["clean"], found["moved"], found["before"], found["after"], self.dataset.classes, eps=found["eps"]
+        )
+        with self.figure.batch_update():
+            for old, trace in zip(self.figure.data, new, strict=True):
+                old.update({"y": trace.y} if trace.type == "bar" else {"z": trace.z})
+        names = self.dataset.classes
+        right, was, now = names[found["label"]], names[found["before"].argmax()], names[found["after"].argmax()]
+        return (
+            f"Label <b>{right}</b>. Before: {was} ({found['before'].max():.0%}). After {self.steps.value} steps within "
+            f"{self.eps.value:.3g}: <b>{now}</b> ({found['after'].max():.0%}){'' if now == right else ', fooled'}."
+        )
+
+
+class NoisePanel(Panel):
+    """Noise multiplier -> epsilon, accuracy, robustness and leakage, from trained points.
+
+    points: as in `views.noise_view`, each also with "guarantee" (text); ascending noise multipliers.
+    """
+
+    def __init__(self, points: Sequence[Mapping]) -> None:
+        self.points = list(points)
+        largest = self.points[-1]["noise_multiplier"]
+        self.noise, box = _number("noise multiplier", 0.0, largest, min(1.0, largest), step=largest / 60)
+        chosen = nearest_point(self.points, self.noise.value)
+        super().__init__((self.noise,), (box,), views.noise_view(self.points, chosen))
+
+    def update(self) -> str:
+        chosen = nearest_point(self.points, self.noise.value)
+        with self.figure.batch_update():
+            for shape in self.figure.layout.shapes:
+                shape.update(x0=chosen, x1=chosen)
+        point = self.points[chosen]
+        return f"{_asked(self.noise.value, point)}{_table(point)}<p>{html.escape(point['guarantee'])}</p>"
+
+
+class PlanePanel(Panel):
+    """Noise multiplier x risk threshold over the trained plane: who is protected, what it costs, what is promised."""
+
+    def __init__(self, plane: Plane, dataset: Dataset) -> None:
+        self.plane, self.dataset = plane, dataset
+        self.order = np.argsort(plane.scores, kind="stable")
+        noises, _ = views.plane_axes(plane)
+        low, high = float(plane.scores.min()), float(plane.scores.max())
+        step = (high - low) / 200
+        self.noise, first = _number("noise multiplier", 0.0, noises[-1], min(1.0, noises[-1]), step=noises[-1] / 60)
+        start = float(np.quantile(plane.scores, 0.9))
+        self.threshold, second = _number("risk threshold", low - step, high + step, start, step=step)
+        chosen = self._chosen()
+        figure = views.plane_view(plane, chosen, self._pictures(chosen))
+        super().__init__((self.noise, self.threshold), (first, second), figure)
+
+    def _chosen(self) -> Mapping:
+        return self.plane.nearest(noise_multiplier=self.noise.value, risk_threshold=self.threshold.value)
+
+    def _pictures(self, chosen: Mapping) -> np.ndarray:
+        """Up to 48 of the protected, evenly spaced from the lowest to the highest risk among them."""
+        protected = self.order[len(self.order) - int(chosen["protected"]) :]
+        shown = protected[np.unique(np.linspace(0, len(protected) - 1, PICTURES).round().astype(int))] if len(protected) else []
+        return self.dataset.x[torch.as_tensor(np.asarray(shown, dtype=np.int64))].numpy()
+
+    def update(self) -> str:
+        chosen = self._chosen()
+        marks, images = views.plane_mark(self.plane, chosen), self._pictures(chosen)
+        with self.figure.batch_update():
+            for trace in self.figure.data:
+                if trace.name in ("map mark", "chosen"):
+                    trace.update(marks["map" if trace.name == "map mark" else "frontier"])
+            self.figure.data[-1].update({"z": views.protected_picture(images).z})
+        wanted = int((self.plane.scores >= self.threshold.value).sum())
+        asked = _asked(self.noise.value, chosen)
+        who = (
+            f"At or above threshold {self.threshold.value:.3g} lie {wanted:,} of {len(self.order):,} samples; nearest trained "
+            f"set: the <b>{int(chosen['protected']):,}</b> riskiest. "
+        )
+        if not chosen["protected"]:
+            asked = "<b>Nobody is protected</b>: no noise is added, whatever the slider says. "
+        return f"{who}{asked}{_table(chosen)}<p>{html.escape(chosen['guarantee'])}</p>"
+
+
+class Prediction:
+    """Commit to a number before the result is shown; afterwards both stand side by side.
+
+    Where nobody is watching (DEMEM_HEADLESS=1) it answers itself with the middle of the range, and says so.
+    """
+
+    def __init__(self, question: str, *, low: float, high: float, unit: str = "") -> None:
+        finite("low", low)
+        finite("high", high, low=low)
+        self.question, self.unit = question, unit
+        self.headless = os.environ.get("DEMEM_HEADLESS") == "1"
+        self.committed = False
+        self.slider, box = _number("your guess", low, high, (low + high) / 2, step=(high - low) / 100)
+        self.button = widgets.Button(description="commit", tooltip="lock this guess in", button_style="primary")
+        self.button.on_click(self._commit)
+        self.widget = widgets.VBox([widgets.HTML(f"<b>{html.escape(question)}</b>"), widgets.HBox([box, self.button])])
+
+    @property
+    def value(self) -> float:
+        """The guess as it stands."""
+        return float(self.slider.value)
+
+    def compare(self, truth: float) -> str:
+        """One sentence with guess and truth."""
+        how = "Nobody was asked, so the middle stands in" if self.headless else "You did not commit; the slider stood at"
+        start = "You guessed" if self.committed else how
+        off = abs(self.value - truth)
+        return f"{start}: {self.value:.3g}{self.unit}. Measured: {truth:.3g}{self.unit}, {off:.2g}{self.unit} away."
+
+    def _commit(self, _) -> None:
+        self.committed, self.slider.disabled, self.button.disabled = True, True, True
+        self.button.description = "committed"
+
+    def _ipython_display_(self) -> None:
+        if self.headless:
+            print(f"{self.question} (nobody is watching: {self.value:.3g}{self.unit})")
+        else:
+            display(self.widget)
+
+
+def attack_result(net, x: torch.Tensor, y: torch.Tensor, *, eps: float, steps: int) -> dict:
+    """One image [1, C, H, W] attacked: clean and moved [C, H, W], probabilities [K] before and after, label, eps."""
+    moved = PGD(eps, steps, random_start=False)(net, x, y)
+    with torch.no_grad():
+        before, after = net(x).softmax(-1)[0].double().numpy(), net(moved).softmax(-1)[0].double().numpy()
+    return {
+        "clean": x[0].numpy(), "moved": moved[0].numpy(), "before": before, "after": after, "label": int(y[0]), "eps": eps,
+    }
+
+
+def nearest_point(points: Sequence[Mapping], noise_multiplier: float) -> int:
+    """Index of the trained point whose noise multiplier is nearest. ValueError unless it is finite and >= 0."""
+    finite("noise_multiplier", noise_multiplier, low=0)
+    return min(range(len(points)), key=lambda i: abs(points[i]["noise_multiplier"] - noise_multiplier))
+
+
+def _number(name: str, low: float, high: float, value: float, *, step: float):
+    slider = widgets.FloatSlider(
+        value=value, min=low, max=high, step=step, description=name, continuous_update=False, readout=False,
+        style={"description_width": "130px"}, layout={"width": "460px"}, tooltip=name,
+    )
+    box = widgets.BoundedFloatText(
+        value=value, min=low, max=high, step=step, description="=", tooltip=f"{name} as a number",
+        style={"description_width": "12px"}, layout={"width": "130px"},
+    )
+    widgets.link((slider, "value"), (box, "value"))
+    return slider, widgets.HBox([slider, box])
+
+
+def _whole(name: str, low: int, high: int, value: int):
+    slider = widgets.IntSlider(
+        value=value, min=low, max=high, description=name, continuous_update=False, readout=False,
+        style={"description_width": "130px"}, layout={"width": "460px"}, tooltip=name,
+    )
+    box = widgets.BoundedIntText(
+        value=value, min=low, max=high, description="=", tooltip=f"{name} as a number",
+        style={"description_width": "12px"}, layout={"width": "130px"},
+    )
+    widgets.link((slider, "value"), (box, "value"))
+    return slider, widgets.HBox([slider, box])
+
+
+def _asked(noise: float, point: Mapping) -> str:
+    trained = point["noise_multiplier"]
+    if abs(noise - trained) < 1e-9:
+        return f"Trained at noise multiplier <b>{trained:g}</b>. "
+    return f"You asked for noise multiplier {noise:.3g}; the nearest trained point is <b>{trained:g}</b>. "
+
+
+def _table(point: Mapping) -> str:
+    def show(name: str) -> str:
+        value = point.get(name)
+        return "not resolved" if value is None or value != value else f"{100 * value:.1f} %"
+
+    rows = [
+        ("clean accuracy", "accuracy", None, None), ("robust accuracy", "robust", "robust, high risk", "robust, rest"),
+        ("members found (LiRA)", "leak", "leak, high risk", "leak, rest"),
+    ]
+    body = "".join(
+        f"<tr><th scope='row' style='text-align:left'>{label}</th>"
+        + "".join(f"<td style='padding:0 1em;text-align:right'>{show(c) if c else ''}</td>" for c in columns) + "</tr>"
+        for label, *columns in rows
+    )
+    head = "<tr><th></th><th scope='col'>everybody</th><th scope='col'>high risk*</th><th scope='col'>the rest*</th></tr>"
+    return f"<table>{head}{body}</table><small>* robust accuracy by group is that of members</small>"

@@ -1,0 +1,239 @@
+"""Results to plotly figures; nothing is computed here.
+
+>>> figure = roc_curves({"plain": (fpr, tpr)}, title="Who was in the training set?")      # doctest: +SKIP
+
+Colours are the Okabe-Ito palette, which people with colour blindness can tell apart; lines differ in dash as well.
+Importing this module makes figures appear as data plus plotly's own renderer, not as 5 MB of JavaScript a notebook
+(Colab keeps its own way).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io as pio
+from plotly.subplots import make_subplots
+
+from demem_lab.audit import METRICS, AuditReport
+from demem_lab.membership import Interval
+
+if "google.colab" not in sys.modules:
+    pio.renderers.default = "plotly_mimetype"
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a7400")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+GREY = "#999999"
+
+
+def styled(figure: go.Figure, *, title: str = "", height: int = 400, width: int | None = None) -> go.Figure:
+    """The look all figures share."""
+    return figure.update_layout(
+        template="plotly_white", title={"text": title, "font": {"size": 16}}, height=height, width=width,
+        margin={"l": 70, "r": 20, "t": 60 if title else 20, "b": 55}, font={"size": 13}, hoverlabel={"align": "left"},
+    )
+
+
+def roc_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str = "") -> go.Figure:
+    """True against false positive rate on logarithmic axes, {name: (fpr, tpr)}; the diagonal is guessing."""
+    figure = go.Figure()
+    smallest = min((float(f[f > 0].min()) for f, _ in curves.values() if (f > 0).any()), default=1e-3)
+    figure.add_scatter(
+        x=[smallest, 1], y=[smallest, 1], mode="lines", name="guessing", hoverinfo="skip",
+        line={"color": GREY, "dash": "dot"},
+    )
+    for number, (name, (fpr, tpr)) in enumerate(curves.items()):
+        figure.add_scatter(
+            x=fpr, y=np.maximum(tpr, smallest / 10), mode="lines", name=name, line=line(number),
+            hovertemplate=f"{name}<br>false positives %{{x:.2%}}<br>true positives %{{y:.2%}}<extra></extra>",
+        )
+    figure.update_xaxes(type="log", title="non-members wrongly accused (false positive rate)", tickformat=".1%")
+    figure.update_yaxes(type="log", title="members found (true positive rate)", tickformat=".1%")
+    return styled(figure, title=title, height=440)
+
+
+def forest(
+    rows: Mapping[str, Interval], *, axis: str = "", percent: bool = True,
+    reference: float | None = None, title: str = ""
+) -> go.Figure:
+    """One dot with its interval for each row, in the given order from top to bottom; `reference` draws a line."""
+    scale = 100 if percent else 1
+    names = list(rows)
+    means = [scale * r.mean for r in rows.values()]
+    ups = [0 if r.high is None else scale * (r.high - r.mean) for r in rows.values()]
+    downs = [0 if r.low is None else scale * (r.mean - r.low) for r in rows.values()]
+    figure = go.Figure(go.Scatter(
+        x=means, y=names, mode="markers", marker={"size": 10, "color": COLORS[0]}, showlegend=False,
+        error_x={"array": ups, "arrayminus": downs, "thickness": 2},
+        hovertemplate="%{y}: %{x:.1f} (+%{error_x.array:.1f} / -%{error_x.arrayminus:.1f})<extra></extra>",
+    ))
+    if reference is not None:
+        figure.add_vline(x=scale * reference, line={"color": GREY, "dash": "dot"})
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(title=axis)
+    return styled(figure, title=title, height=120 + 34 * len(rows))
+
+
+def arms(
+    report: AuditReport, metrics: Sequence[str], *, group: str = "all", names: Sequence[str] | None = None,
+    title: str = "",
+) -> go.Figure:
+    """Means and 95 % intervals over seeds, a panel for each metric, a row for each arm."""
+    names = list(names or report.arms)
+    figure = make_subplots(cols=len(metrics), shared_yaxes=True, subplot_titles=[_short(m) for m in metrics])
+    for column, metric in enumerate(metrics, 1):
+        found = [report.interval(name, metric, group) for name in names]
+        half = [0 if f.high is None else 100 * (f.high - f.mean) for f in found]
+        figure.add_scatter(
+            x=[100 * f.mean for f in found], y=names, mode="markers", marker={"size": 10, "color": COLORS[column - 1]},
+            error_x={"array": half, "thickness": 2}, showlegend=False, row=1, col=column,
+            hovertemplate=f"%{{y}}<br>{METRICS[metric]}: %{{x:.1f}} ± %{{error_x.array:.1f}} %<extra></extra>",
+        )
+        figure.update_xaxes(ticksuffix=" %", row=1, col=column)
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return styled(figure, title=title, height=150 + 32 * len(names))
+
+
+def by_group(
+    report: AuditReport, metric: str, groups: Sequence[str], *, names: Sequence[str] | None = None, title: str = ""
+) -> go.Figure:
+    """One metric by risk group: a bar for each arm in each group, with intervals over seeds."""
+    figure = go.Figure()
+    for number, name in enumerate(names or report.arms):
+        found = [report.interval(name, metric, group) for group in groups]
+        half = [0 if f.high is None else 100 * (f.high - f.mean) for f in found]
+        figure.add_bar(
+            x=list(groups), y=[100 * f.mean for f in found], name=name, error_y={"array": half, "thickness": 1.5},
+            marker={"color": COLORS[number % len(COLORS)]},
+            hovertemplate=f"{name}, %{{x}}<br>{METRICS[metric]}: %{{y:.1f}} ± %{{error_y.array:.1f}} %<extra></extra>",
+        )
+    figure.update_yaxes(title=_short(metric), ticksuffix=" %")
+    figure.update_layout(barmode="group")
+    return styled(figure, title=title)
+
+
+def frontier(
+    report: AuditReport, *, x: str = "robust", y: str = "leak", group: str = "all", y_group: str = "", title: str = "",
+    names: Sequence[str] | None = None,
+) -> go.Figure:
+    """Every arm as a point with intervals: what it keeps (x) against what it leaks (y). Best is bottom right."""
+    figure = go.Figure()
+    for number, name in enumerate(names or report.arms):
+        a, b = report.interval(name, x, group), report.interval(name, y, y_group or group)
+        figure.add_scatter(
+            x=[100 * a.mean], y=[100 * b.mean], mode="markers", name=name,
+            marker={"size": 12, "color": COLORS[number % len(COLORS)], "symbol": symbol(number)},
+            error_x={"array": [0 if a.high is None else 100 * (a.high - a.mean)], "thickness": 1},
+            error_y={"array": [0 if b.high is None else 100 * (b.high - b.mean)], "thickness": 1},
+            hovertemplate=f"{name}<br>{_short(x)} %{{x:.1f}} %<br>{_short(y)} %{{y:.1f}} %<extra></extra>",
+        )
+    figure.update_xaxes(title=f"{_short(x)}, % (more is better)")
+    figure.update_yaxes(title=f"{_short(y)}{', ' + y_group if y_group else ''}, % (less is better)", rangemode="tozero")
+    return styled(figure, title=title, height=480)
+
+
+def histogram(values: np.ndarray, *, threshold: float | None = None, axis: str = "", title: str = "") -> go.Figure:
+    """How many samples have which value; everything at or right of `threshold` is marked."""
+    counts, edges = np.histogram(values, bins=50)
+    middle = (edges[1:] + edges[:-1]) / 2
+    high = np.zeros(50, dtype=bool) if threshold is None else middle >= threshold
+    figure = go.Figure(go.Bar(
+        x=middle, y=counts, width=np.diff(edges), marker={"color": np.where(high, COLORS[1], COLORS[0])},
+        hovertemplate=f"{axis} %{{x:.2f}}: %{{y}} samples<extra></extra>",
+    ))
+    if threshold is not None and np.isfinite(threshold):
+        figure.add_vline(x=threshold, line={"color": COLORS[1], "dash": "dash"})
+    figure.update_xaxes(title=axis)
+    figure.update_yaxes(title="samples")
+    return styled(figure, title=title, height=340)
+
+
+def scatter(
+    x: np.ndarray, y: np.ndarray, *, x_title: str, y_title: str, title: str = "", labels: Sequence[str] | None = None,
+    flagged: np.ndarray | None = None,
+) -> go.Figure:
+    """One point for each sample; `flagged` ones in another colour and shape."""
+    flagged = np.zeros(len(x), dtype=bool) if flagged is None else np.asarray(flagged)
+    text = np.asarray(labels if labels is not None else [f"sample {i}" for i in range(len(x))])
+    figure = go.Figure()
+    for name, who, number in (("others", ~flagged, 0), ("flagged", flagged, 1)):
+        if who.any():
+            figure.add_scattergl(
+                x=x[who], y=y[who], mode="markers", name=name, text=text[who], showlegend=bool(flagged.any()),
+                marker={"size": 5 + number, "color": COLORS[number], "opacity": 0.55, "symbol": symbol(number)},
+                hovertemplate="%{text}<br>(%{x:.3f}, %{y:.3f})<extra></extra>",
+            )
+    figure.update_xaxes(title=x_title)
+    figure.update_yaxes(title=y_title)
+    return styled(figure, title=title)
+
+
+def lines(
+    x: Sequence[float], curves: Mapping[str, Sequence[float]], *, x_title: str, y_title: str, title: str = "",
+    log_x: bool = False, log_y: bool = False,
+) -> go.Figure:
+    """Named curves over common x."""
+    figure = go.Figure()
+    for number, (name, values) in enumerate(curves.items()):
+        figure.add_scatter(x=list(x), y=list(values), mode="lines+markers", name=name, line=line(number))
+    figure.update_xaxes(title=x_title, type="log" if log_x else "linear")
+    figure.update_yaxes(title=y_title, type="log" if log_y else "linear")
+    return styled(figure, title=title)
+
+
+def mosaic(images: np.ndarray, *, columns: int = 12, gap: int = 1) -> np.ndarray:
+    """Images [K, C, H, W] in [0, 1] side by side: float [rows, width] for one channel, [rows, width, 3] for three."""
+    images = np.asarray(images, dtype=np.float64)
+    k, c, h, w = images.shape
+    rows = max(1, -(-k // columns))
+    canvas = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, c))
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        canvas[top : top + h, left : left + w] = image.transpose(1, 2, 0)
+    return canvas[..., 0] if c == 1 else canvas
+
+
+def gallery(
+    images: np.ndarray, captions: Sequence[str], *, columns: int = 12, title: str = "", tall: int = 78
+) -> go.Figure:
+    """Pictures [K, C, H, W] with a caption each (shown on hover, and the first words of it below the picture)."""
+    k, _, h, w = np.shape(images)
+    figure = go.Figure(picture(mosaic(images, columns=columns)))
+    centers = [((i % columns) * (w + 1) + (w - 1) / 2, (i // columns) * (h + 1) + (h - 1) / 2) for i in range(k)]
+    figure.add_scatter(
+        x=[c[0] for c in centers], y=[c[1] for c in centers], mode="markers", text=list(captions), showlegend=False,
+        marker={"size": 36, "opacity": 0}, hovertemplate="%{text}<extra></extra>",
+    )
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False, autorange="reversed", scaleanchor="x")
+    rows = max(1, -(-k // columns))
+    return styled(figure, title=title, height=70 + tall * rows).update_layout(margin={"l": 5, "r": 5, "b": 5})
+
+
+def picture(canvas: np.ndarray):
+    """The trace that shows a `mosaic`."""
+    if canvas.ndim == 2:
+        return go.Heatmap(z=np.round(canvas, 3), zmin=0, zmax=1, colorscale="gray", showscale=False, hoverinfo="skip")
+    return go.Image(z=(canvas * 255).round().astype(np.uint8), hoverinfo="skip")
+
+
+def percent_of(value) -> float | None:
+    """100 x value; None for what could not be measured."""
+    return None if value is None or value != value else 100 * float(value)
+
+
+def line(number: int) -> dict:
+    """The look of curve number `number`."""
+    return {"color": COLORS[number % len(COLORS)], "dash": DASHES[number % len(DASHES)], "width": 2.5}
+
+
+def symbol(number: int) -> str:
+    """The marker of point number `number`."""
+    return ("circle", "diamond", "square", "triangle-up", "cross", "x", "star", "hexagon")[number % 8]
+
+
+def _short(metric: str) -> str:
+    names = {"leak": "members found", "robust": "robust accuracy", "member robust": "members' robust accuracy"}
+    return names.get(metric, metric)
