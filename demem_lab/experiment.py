@@ -188,29 +188,40 @@ class Experiment:
             entry.arrays.get("trace"), entry.fresh,
         )
 
-    def risk(self, seed: int) -> risk.MemorizationScore:
-        """Robust memorization of every sample [N] as seen by the plain models of all OTHER reported seeds."""
+    def risk(self, seed: int, runs: Sequence[Run] | None = None) -> risk.MemorizationScore:
+        """Robust memorization of every sample [N] as seen by the models of all OTHER reported seeds.
+
+        runs: an arm at all seeds, to ask who is at risk under its treatment; by default plain adversarial training.
+        """
         others = [self.run("none", seed=s) for s in self.seeds if s != seed]
+        if runs is not None:
+            others = [run for run in runs if run.seed != seed]
         p = np.concatenate([confidence(run.adversarial, run.y) for run in others])
         return risk.memorization(p, np.concatenate([run.members for run in others]))
 
-    def flags(self, seed: int, fraction: float) -> Flags:
-        """bool [N]: the riskiest `fraction` of the samples, for the runs of `seed`."""
-        return torch.as_tensor(risk.protected_set(self.risk(seed).score, fraction=fraction).mask)
+    def flags(self, seed: int, fraction: float | None = None, *, risk_threshold: float | None = None) -> Flags:
+        """bool [N]: the riskiest `fraction` of the samples, or those with a score of at least `risk_threshold`."""
+        chosen = risk.protected_set(self.risk(seed).score, fraction=fraction, risk_threshold=risk_threshold)
+        return torch.as_tensor(chosen.mask)
 
-    def random_flags(self, seed: int, fraction: float) -> Flags:
+    def random_flags(self, seed: int, fraction: float | None = None, *, risk_threshold: float | None = None) -> Flags:
         """As many samples as `flags`, drawn at random: the control for choosing them by risk."""
-        count = int(self.flags(seed, fraction).sum())
+        count = int(self.flags(seed, fraction, risk_threshold=risk_threshold).sum())
         return torch.as_tensor(risk.random_set(self.dataset.n, count, seed=key(seed, "random set") % 2**31))
 
     def treat(
-        self, name: str, how: Callable[[Flags], Mechanism], *, fraction: float, random: bool = False,
-        seeds: Sequence[int] | None = None, **changes,
+        self, name: str, how: Callable[[Flags], Mechanism], *, fraction: float | None = None,
+        risk_threshold: float | None = None, random: bool = False, choose: Callable[[int], Flags] | None = None, **changes,
     ) -> list[Run]:
-        """One arm that treats the riskiest `fraction` (or a random one) with mechanism `how(flags)`, at every seed."""
+        """One arm that treats some samples with mechanism `how(flags)`, at every reported seed.
+
+        Who: as in `flags`, as many at random (`random`), or whoever `choose(seed)` says.
+        """
+        find = choose or (self.random_flags if random else self.flags)
+        settings = {} if choose else {"fraction": fraction, "risk_threshold": risk_threshold}
         runs = []
-        for seed in self.seeds if seeds is None else seeds:
-            flagged = self.random_flags(seed, fraction) if random else self.flags(seed, fraction)
+        for seed in self.seeds:
+            flagged = find(seed, **settings)
             runs.append(self.run(name, seed=seed, flagged=flagged, mechanism=how(flagged), **changes))
         return runs
 

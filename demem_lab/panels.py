@@ -119,7 +119,6 @@ class PlanePanel(Panel):
 
     def __init__(self, plane: Plane, dataset: Dataset) -> None:
         self.plane, self.dataset = plane, dataset
-        self.order = np.argsort(plane.scores, kind="stable")
         noises, _ = views.plane_axes(plane)
         low, high = float(plane.scores.min()), float(plane.scores.max())
         step = (high - low) / 200
@@ -127,21 +126,15 @@ class PlanePanel(Panel):
         start = float(np.quantile(plane.scores, 0.9))
         self.threshold, second = _number("risk threshold", low - step, high + step, start, step=step)
         chosen = self._chosen()
-        figure = views.plane_view(plane, chosen, self._pictures(chosen))
+        figure = views.plane_view(plane, chosen, protected_images(plane, dataset, chosen))
         super().__init__((self.noise, self.threshold), (first, second), figure)
 
     def _chosen(self) -> Mapping:
         return self.plane.nearest(noise_multiplier=self.noise.value, risk_threshold=self.threshold.value)
 
-    def _pictures(self, chosen: Mapping) -> np.ndarray:
-        """Up to 48 of the protected, evenly spaced from the lowest to the highest risk among them."""
-        protected = self.order[len(self.order) - int(chosen["protected"]) :]
-        shown = protected[np.unique(np.linspace(0, len(protected) - 1, PICTURES).round().astype(int))] if len(protected) else []
-        return self.dataset.x[torch.as_tensor(np.asarray(shown, dtype=np.int64))].numpy()
-
     def update(self) -> str:
         chosen = self._chosen()
-        marks, images = views.plane_mark(self.plane, chosen), self._pictures(chosen)
+        marks, images = views.plane_mark(self.plane, chosen), protected_images(self.plane, self.dataset, chosen)
         with self.figure.batch_update():
             for trace in self.figure.data:
                 if trace.name in ("map mark", "chosen"):
@@ -150,7 +143,7 @@ class PlanePanel(Panel):
         wanted = int((self.plane.scores >= self.threshold.value).sum())
         asked = _asked(self.noise.value, chosen)
         who = (
-            f"At or above threshold {self.threshold.value:.3g} lie {wanted:,} of {len(self.order):,} samples; nearest trained "
+            f"At or above threshold {self.threshold.value:.3g} lie {wanted:,} of {self.dataset.n:,} samples; nearest trained "
             f"set: the <b>{int(chosen['protected']):,}</b> riskiest. "
         )
         if not chosen["protected"]:
@@ -206,6 +199,13 @@ def attack_result(net, x: torch.Tensor, y: torch.Tensor, *, eps: float, steps: i
     return {
         "clean": x[0].numpy(), "moved": moved[0].numpy(), "before": before, "after": after, "label": int(y[0]), "eps": eps,
     }
+
+
+def protected_images(plane: Plane, dataset: Dataset, chosen: Mapping) -> np.ndarray:
+    """Up to 48 of the samples protected at a point of the plane, from the lowest to the highest risk, [K, C, H, W]."""
+    order = np.argsort(-plane.scores, kind="stable")[: int(chosen["protected"])][::-1]
+    picked = np.unique(np.linspace(0, len(order) - 1, PICTURES).round().astype(int)) if len(order) else []
+    return dataset.x[torch.as_tensor(order[picked].copy() if len(order) else [], dtype=torch.int64)].numpy()
 
 
 def nearest_point(points: Sequence[Mapping], noise_multiplier: float) -> int:

@@ -191,7 +191,7 @@ def _own_kernel():
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder, "kernels", name)
         spec.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
         spec.joinpath("kernel.json").write_text(json.dumps({"argv": argv, "display_name": name, "language": "python"}))
         paths = os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))
         threads = os.environ.get("OMP_NUM_THREADS", "1")
