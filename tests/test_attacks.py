@@ -1,0 +1,208 @@
+"""Attacks against closed forms on linear models, a slow PGD, and what they must leave untouched."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from demem_lab import attacks
+from demem_lab.attacks import FGSM, PGD
+from demem_lab.streams import Streams
+
+
+class TwoClasses(nn.Module):
+    """Logits (-w.x, w.x) + b: the best attack on class 0 walks along +w, on class 1 along -w."""
+
+    def __init__(self, seed=0, pixels=16):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(pixels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+
+    def forward(self, x):
+        z = x.flatten(1) @ self.w - 0.5 * self.w.sum()
+        return torch.stack([-z, z], 1)
+
+
+def task(seed=0, n=6):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 1, 4, 4, generator=generator, dtype=torch.float64), torch.arange(n) % 2
+
+
+def uphill(net, y):
+    sign = torch.where(y == 0, 1.0, -1.0).double()
+    return sign[:, None, None, None] * net.w.detach().view(1, 1, 4, 4)
+
+
+def slow_pgd(net, x, y, eps, steps):
+    out = []
+    for image, label in zip(x, y, strict=True):
+        z = image.clone()
+        for _ in range(steps):
+            z = z.detach().requires_grad_()
+            F.cross_entropy(net(z[None]), label[None]).backward()
+            moved = z.detach() + 2.5 * eps / steps * z.grad.sign()
+            z = torch.clamp(torch.clamp(moved, image - eps, image + eps), 0, 1)
+        out.append(z)
+    return torch.stack(out)
+
+
+def test_fgsm_is_one_signed_step():
+    net, (x, y) = TwoClasses(), task()
+    assert torch.allclose(FGSM(0.07)(net, x, y), (x + 0.07 * uphill(net, y).sign()).clamp(0, 1))
+
+
+def test_pgd_linf_finds_the_optimum_of_a_linear_model():
+    net, (x, y) = TwoClasses(), task()
+    moved = PGD(0.07, 20)(net, x, y, rng=torch.Generator().manual_seed(0))
+    assert torch.allclose(moved, (x + 0.07 * uphill(net, y).sign()).clamp(0, 1), atol=1e-9)
+
+
+def test_pgd_l2_finds_the_optimum_of_a_linear_model():
+    net, (x, y) = TwoClasses(), task()
+    x = 0.4 + 0.2 * x  # far from 0 and 1, where clamping would bend the answer
+    moved = PGD(0.05, 60, step_size=0.02, norm="l2")(net, x, y, rng=torch.Generator().manual_seed(0))
+    assert torch.allclose(moved, x + 0.05 * uphill(net, y) / net.w.detach().norm(), atol=2e-3)
+
+
+def test_pgd_equals_a_slow_one_on_a_curved_model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = task(3)
+    assert torch.allclose(PGD(0.1, 5, random_start=False)(net, x, y), slow_pgd(net, x, y, 0.1, 5), atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0, 2), st.sampled_from(["linf", "l2"]), st.integers(1, 4), st.integers(1, 2), st.integers(0, 10**6))
+def test_moved_images_stay_in_the_ball_and_in_range(eps, norm, steps, restarts, seed):
+    net, (x, y) = TwoClasses(seed % 7), task(seed % 11)
+    moved = PGD(eps, steps, norm=norm, restarts=restarts)(net, x, y, rng=torch.Generator().manual_seed(seed))
+    distance = (moved - x).flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2)
+    assert distance.max() <= eps + 1e-9 and moved.min() >= 0 and moved.max() <= 1
+
+
+def test_random_starts_fill_the_ball():
+    x = torch.full((4000, 1, 1, 2), 0.5, dtype=torch.float64)
+    for norm in ("linf", "l2"):
+        start = PGD(0.1, 1, step_size=0.0, norm=norm)(nn.Sequential(nn.Flatten(), nn.Linear(2, 2).double()), x,
+                                                     torch.zeros(4000, dtype=torch.int64), rng=Streams((1,), "s"))
+        away = (start - x).flatten(1)
+        radius = away.abs().amax(1) if norm == "linf" else away.norm(dim=1)
+        assert abs(float((radius <= 0.05).double().mean()) - 0.25) < 0.04  # a quarter of the area lies within half the radius
+        assert away.mean(0).abs().max() < 0.01
+
+
+def test_restarts_never_help_the_model():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    x, y = task(5, 40)
+    one, many = (PGD(0.05, 2, restarts=r)(net, x, y, rng=Streams((1,), "a")) for r in (1, 4))
+    loss = [F.cross_entropy(net(z), y, reduction="none") for z in (one, many)]
+    fooled = [net(z).argmax(1) != y for z in (one, many)]
+    assert (fooled[1] | ~fooled[0]).all() and (loss[1] >= loss[0] - 1e-12)[fooled[0] == fooled[1]].all()
+    assert (loss[1] > loss[0] + 1e-9).any()
+
+
+class Flags(nn.Module):
+    """Records in which mode it is called; fails on demand."""
+
+    def __init__(self, fail=False):
+        super().__init__()
+        self.inner, self.frozen_part, self.modes, self.fail = nn.Linear(16, 2).double(), nn.Dropout(0.5), [], fail
+        self.frozen_part.eval()
+        self.inner.bias.requires_grad_(False)
+
+    def forward(self, x):
+        self.modes.append((self.training, self.inner.weight.requires_grad))
+        if self.fail:
+            raise RuntimeError("planted")
+        return self.inner(self.frozen_part(x.flatten(1)))
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_evaluation_mode_inside_everything_restored_outside(fail):
+    net, (x, y) = Flags(fail), task()
+    net.train()
+    net.frozen_part.eval()
+    try:
+        PGD(0.1, 2)(net, x, y)
+    except RuntimeError:
+        assert fail
+    assert net.modes and all(mode == (False, False) for mode in net.modes)
+    assert net.training and not net.frozen_part.training
+    assert net.inner.weight.requires_grad and not net.inner.bias.requires_grad and net.inner.weight.grad is None
+
+
+def test_robust_accuracy_is_the_point_wise_worst_case():
+    class Half(nn.Module):
+        def forward(self, x):  # right on the untouched images only where a pixel agrees with the label
+            z = x.flatten(1)[:, 0] - 0.5
+            return torch.stack([-z, z], 1)
+
+    x, y = task(2, 200)
+    y = (x.flatten(1)[:, 0] > 0.5).long()
+
+    def move(rows):
+        def attack(net, x, y, *, rng=None, loss=None, start=None):
+            out = x.clone()
+            near = (x.flatten(1)[:, 0] * 10).long() % 2 == rows
+            out[near] = 1 - out[near]
+            return out
+        return attack
+
+    even, odd = move(0), move(1)
+    right = [Half()(a(None, x, y)).argmax(1) == y for a in (even, odd)]
+    slow = (right[0] & right[1] & (Half()(x).argmax(1) == y)).double().mean().item()
+    both = []
+    for f in (even, odd):
+        kind = type("Planted", (PGD,), {"__call__": lambda self, *a, f=f, **k: f(*a, **k)})
+        both.append(kind(0.1, 1))
+    assert attacks.robust_accuracy(Half(), x, y, both) == slow == 0.0
+    assert 0 < attacks.robust_accuracy(Half(), x, y, both[:1]) < 1
+
+
+def test_margin_loss_sees_through_a_saturated_softmax():
+    net, (x, y) = TwoClasses(), task(1, 60)
+    y = net(x).argmax(1)
+    loud = nn.Sequential(net, type("Loud", (nn.Module,), {"forward": lambda self, z: z * 1e5})())
+    blind = PGD(0.2, 10, random_start=False)(loud, x, y)
+    seeing = PGD(0.2, 10, random_start=False)(loud, x, y, loss=attacks.margin)
+    withstood = [(loud(z).argmax(1) == y).double().mean() for z in (blind, seeing)]
+    assert withstood[0] > withstood[1] + 0.3
+
+
+def test_autoattack_is_no_weaker_than_pgd(digits):
+    pytest.importorskip("pyautoattack", reason="install demem-lab[attacks]")
+    from demem_lab.models import MLP
+
+    net = MLP((32,)).build(models=1, shape=(1, 8, 8), classes=10, seeds=(0,))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(net(digits.x), digits.y).backward()
+        optimizer.step()
+    net.train()
+    x, y = digits.x[:24], digits.y[:24]
+    moved = attacks.autoattack(net, x, y, eps=0.1)
+    assert (moved - x).abs().max() <= 0.1 + 1e-5 and moved.min() >= 0 and moved.max() <= 1 and net.training
+    left = (attacks.predictions(net, moved) == y).double().mean().item()
+    assert left <= attacks.robust_accuracy(net, x, y, [PGD(0.1, 20)], rng=torch.Generator().manual_seed(0)) + 1e-9
+    assert all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("make", [
+    lambda: PGD(-0.1), lambda: PGD(float("nan")), lambda: PGD(float("inf")), lambda: PGD(0.1, 0), lambda: PGD(0.1, 1.5),
+    lambda: PGD(0.1, restarts=0), lambda: PGD(0.1, norm="l1"), lambda: PGD(0.1, step_size=float("nan")),
+])
+def test_bad_settings(make):
+    with pytest.raises(ValueError, match="must be"):
+        make()
+
+
+def test_bad_queries():
+    net, (x, y) = TwoClasses(), task()
+    for bad_x, bad_y, words in ((x + 1, y, "pixels"), (x * float("nan"), y, "pixels"), (x, y + 5, "0..1"), (x[0], y, "shape")):
+        with pytest.raises(ValueError, match=words):
+            attacks.robust_accuracy(net, bad_x, bad_y, [PGD(0.1)])
+    with pytest.raises(ValueError, match="at least one attack"):
+        attacks.robust_accuracy(net, x, y, [])

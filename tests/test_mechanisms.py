@@ -1,0 +1,207 @@
+"""Updates against loops over samples, noise against its distribution, promises against their conditions."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from demem_lab.mechanisms import DPSGD, Batch, DownWeight, Drop, LossVariance, Plain, SelectiveDP
+from demem_lab.models import MLP, SmallCNN
+from demem_lab.objectives import Natural, PerSample
+from demem_lab.streams import Streams
+
+M, B, N = 2, 6, 20
+
+
+def problem(spec=None, valid=None, step=0):
+    net = (spec or MLP((7,))).build(models=M, shape=(1, 8, 8), classes=3, seeds=(0, 1)).double()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(N, 1, 8, 8, generator=generator, dtype=torch.float64)
+    y = torch.arange(N) % 3
+    index = torch.stack([torch.randperm(N, generator=generator)[:B] for _ in range(M)])
+    valid = torch.ones(M, B, dtype=torch.bool) if valid is None else valid
+    batch = Batch(index, valid, 10.0, step, 100, Streams((8, 9), "noise", step))
+    return net, x, y, batch
+
+
+def update(mechanism, net, x, y, batch):
+    flat = batch.index.flatten()
+    with net.recording(mechanism.per_sample):
+        seen = Natural()(net, x[flat], y[flat], flat, rng=Streams((0, 1), "attack"))
+        gradients = mechanism.update(net, seen, batch)
+    return torch.cat([g.flatten(1) for g in gradients], 1)  # [M, P]
+
+
+def by_hand(net, x, y, batch):
+    """Each sample's gradient, one at a time: [M, B, P]."""
+    rows = []
+    for m in range(M):
+        for b in range(B):
+            flat = batch.index.flatten()
+            loss = Natural()(net, x[flat], y[flat], flat, rng=None).loss[m * B + b]
+            rows.append(torch.cat([g[m].flatten() for g in torch.autograd.grad(loss, list(net.parameters()))]))
+    return torch.stack(rows).view(M, B, -1)
+
+
+@pytest.mark.parametrize("spec", [MLP((7,)), SmallCNN(width=4, hidden=6)], ids=["mlp", "cnn"])
+def test_selective_update_equals_the_loop(spec):
+    valid = torch.ones(M, B, dtype=torch.bool)
+    valid[0, 4:] = False
+    net, x, y, batch = problem(spec, valid)
+    own = by_hand(net, x, y, batch)
+    bound = float(own.norm(dim=2).median())
+    protected = torch.arange(N) % 2 == 0
+    factor = torch.where(protected[batch.index], bound / own.norm(dim=2).clamp_min(bound), 1.0) * valid
+    noise = Streams((8, 9), "noise", 0).normal(own.shape[2]).double() * 0.7 * bound
+    wanted = ((own * factor[..., None]).sum(1) + noise) / 10
+    found = update(SelectiveDP(0.7, bound, protected), net, x, y, batch)
+    assert torch.allclose(found, wanted, atol=1e-8)
+
+
+def test_everybody_is_dpsgd_and_nobody_is_plain():
+    net, x, y, batch = problem()
+    everybody, nobody = torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool)
+    assert torch.equal(update(SelectiveDP(1.3, 0.5, everybody), net, x, y, batch), update(DPSGD(1.3, 0.5), net, x, y, batch))
+    found, plain = update(SelectiveDP(1.3, 0.5, nobody), net, x, y, batch), update(Plain(), net, x, y, batch)
+    assert torch.allclose(found, plain, atol=1e-12)
+
+
+def noise_of(mechanism, valid, steps=40):
+    quiet = SelectiveDP(0.0, mechanism.max_grad_norm, mechanism.protected)
+    found = []
+    for step in range(steps):
+        net, x, y, batch = problem(valid=valid, step=step)
+        found.append((update(mechanism, net, x, y, batch) - update(quiet, net, x, y, batch)) * 10)
+    return torch.stack(found, 1)  # [M, steps, P]
+
+
+@pytest.mark.parametrize("kind", ["all drawn", "nobody drawn", "no protected one drawn", "a set of one"])
+def test_noise_has_its_full_size_at_every_step(kind):
+    valid = torch.zeros(M, B, dtype=torch.bool) if kind == "nobody drawn" else torch.ones(M, B, dtype=torch.bool)
+    protected = torch.ones(N, dtype=torch.bool)
+    if kind in ("no protected one drawn", "a set of one"):
+        drawn = problem()[3].index.unique().tolist()
+        left = [i for i in range(N) if i not in drawn]
+        protected = torch.zeros(N, dtype=torch.bool)
+        protected[left if kind == "no protected one drawn" else drawn[0]] = True
+        assert protected.any()
+    noise = noise_of(SelectiveDP(1.5, 0.4, protected), valid).flatten().numpy()
+    assert stats.kstest(noise / (1.5 * 0.4), "norm").pvalue > 1e-4
+    assert abs(noise.std() - 0.6) < 5 * 0.6 / np.sqrt(2 * len(noise))
+
+
+def test_noise_differs_between_steps_and_models():
+    noise = noise_of(DPSGD(1.0, 1.0), torch.ones(M, B, dtype=torch.bool), steps=3).flatten(0, 1).numpy()
+    correlation = np.corrcoef(noise)[np.triu_indices(len(noise), 1)]
+    assert np.abs(correlation).max() < 5 / np.sqrt(noise.shape[1])
+
+
+def test_settings_may_differ_between_models():
+    net, x, y, batch = problem()
+    both = update(SelectiveDP((0.0, 2.0), (0.3, 0.9), torch.stack([torch.arange(N) < 5, torch.arange(N) < 15])), net, x, y, batch)
+    for m, (sigma, bound, size) in enumerate([(0.0, 0.3, 5), (2.0, 0.9, 15)]):
+        alone = update(SelectiveDP(sigma, bound, torch.arange(N) < size), net, x, y, batch)
+        assert torch.allclose(both[m], alone[m], atol=1e-12)
+
+
+def test_for_models_cuts_settings_and_flags():
+    mechanism = SelectiveDP((1.0, 2.0, 3.0), 1.0, torch.eye(3, 5, dtype=torch.bool))
+    part = mechanism.for_models([2, 0], 3)
+    assert part.noise_multiplier == (3.0, 1.0) and torch.equal(part.protected, mechanism.protected[[2, 0]])
+    with pytest.raises(ValueError, match="3 entries for 4 models"):
+        mechanism.for_models([0], 4)
+
+
+def test_divisor_is_the_expected_batch_size():
+    valid = torch.zeros(M, B, dtype=torch.bool)
+    valid[:, :2] = True
+    net, x, y, batch = problem(valid=valid)
+    wanted = by_hand(net, x, y, batch)[:, :2].sum(1) / 10
+    for mechanism in (Plain(), SelectiveDP(0.0, 1e9), LossVariance(0.0)):
+        assert torch.allclose(update(mechanism, net, x, y, batch), wanted, atol=1e-10)
+
+
+def test_drop_down_weight_and_plain():
+    net, x, y, batch = problem()
+    flagged = torch.arange(N) % 3 == 0
+    own = by_hand(net, x, y, batch)
+    for weight in (0.0, 0.3, 1.0):
+        factor = torch.where(flagged[batch.index], weight, 1.0).double()
+        wanted = (own * factor[..., None]).sum(1) / 10
+        assert torch.allclose(update(DownWeight(flagged, weight), net, x, y, batch), wanted, atol=1e-7)
+    assert torch.allclose(update(Drop(flagged), net, x, y, batch), update(DownWeight(flagged, 0.0), net, x, y, batch))
+    assert torch.allclose(update(DownWeight(flagged, 1.0), net, x, y, batch), update(Plain(), net, x, y, batch))
+
+
+def test_loss_variance_formula_and_coefficients():
+    valid = torch.ones(M, B, dtype=torch.bool)
+    valid[1, 3:] = False
+    net, x, y, batch = problem(valid=valid)
+    own = by_hand(net, x, y, batch)
+    flat = batch.index.flatten()
+    losses = Natural()(net, x[flat], y[flat], flat, rng=None).loss.detach().view(M, B)
+    found = update(LossVariance(0.4), net, x, y, batch)
+    for m in range(M):
+        n = int(valid[m].sum())
+        part = losses[m, :n]
+        # gradient of variance: 2/(n-1) * sum (l_i - mean) grad_i ; the mean loss is over the expected batch size
+        weights = 1 / 10 + 0.4 * 2 / (n - 1) * (part - part.mean())
+        assert torch.allclose(found[m], (own[m, :n] * weights[:, None]).sum(0), atol=1e-9)
+
+
+@pytest.mark.parametrize("drawn", [0, 1])
+def test_loss_variance_of_fewer_than_two_adds_nothing(drawn):
+    valid = torch.zeros(M, B, dtype=torch.bool)
+    valid[:, :drawn] = True
+    net, x, y, batch = problem(valid=valid)
+    found = update(LossVariance(3.0), net, x, y, batch)
+    assert torch.isfinite(found).all() and torch.allclose(found, update(Plain(), net, x, y, batch))
+
+
+def test_rows_that_are_not_there_cannot_poison():
+    net, x, y, batch = problem(valid=torch.tensor([[True] * 3 + [False] * 3] * M))
+    flat = batch.index.flatten()
+    for mechanism in (Plain(), LossVariance(0.2)):
+        logits = net(x[flat])
+        loss = torch.nn.functional.cross_entropy(logits, y[flat], reduction="none")
+        bad = torch.where(batch.valid.flatten(), loss, float("inf"))
+        gradients = mechanism.update(net, PerSample(bad, bad, logits, y[flat], flat), batch)
+        assert all(torch.isfinite(g).all() for g in gradients)
+
+
+SETTING = {"sampling_rate": 0.05, "steps": 100, "delta": 1e-5, "n": 100}
+
+
+def test_promises_and_their_conditions():
+    some = torch.arange(100) < 10
+    text = str(SelectiveDP(1.0, 1.0, some).guarantee(**SETTING))
+    assert "the 10 protected of 100" in text and "given the set; end to end: none" in text and "none for the other" in text
+    assert "not accounted: learning rates" in text
+    assert "end to end" not in str(SelectiveDP(1.0, 1.0, some, selection="public").guarantee(**SETTING))
+    everybody = DPSGD(1.0).guarantee(**SETTING)
+    assert everybody.holds and "all samples" in str(everybody) and everybody.protected == 100
+    assert everybody.budget == SelectiveDP(1.0, 1.0, some).guarantee(**SETTING).budget
+
+
+@pytest.mark.parametrize(("mechanism", "setting", "why"), [
+    (SelectiveDP(0.0, 1.0), {}, "no noise"), (SelectiveDP(1.0, 1.0), {"batch_norm": True}, "batch normalisation"),
+    (SelectiveDP(1.0, 1.0), {"poisson": False}, "Poisson"), (SelectiveDP(1.0, 1.0, torch.zeros(100, dtype=torch.bool)), {}, "nobody"),
+    (LossVariance(0.2), {}, "no noise"), (Plain(), {}, "no calibrated noise"), (Drop(torch.ones(100, dtype=torch.bool)), {}, "dropping"),
+    (DownWeight(torch.ones(100, dtype=torch.bool)), {}, "no calibrated noise"),
+])
+def test_no_guarantee_is_said_with_its_reason(mechanism, setting, why):
+    found = mechanism.guarantee(**SETTING | setting)
+    assert not found.holds and str(found).startswith("no guarantee: ") and why in str(found)
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: SelectiveDP(-1.0), "noise_multiplier"), (lambda: SelectiveDP(float("inf")), "noise_multiplier"),
+    (lambda: SelectiveDP(float("nan")), "noise_multiplier"), (lambda: SelectiveDP((1.0, -1.0)), "noise_multiplier"),
+    (lambda: SelectiveDP(1.0, 0.0), "max_grad_norm must be > 0"), (lambda: LossVariance(-0.1), "lam"),
+    (lambda: DownWeight(torch.ones(3, dtype=torch.bool), -1.0), "weight"),
+    (lambda: SelectiveDP(1.0, 1.0, torch.ones(7, dtype=torch.bool)).check(8), "one entry for each of the 8"),
+    (lambda: Drop(torch.ones(8)).check(8), "bool"), (lambda: SelectiveDP(1.0, selection="guess"), "selection"),
+])
+def test_bad_input(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -1,0 +1,66 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from demem_lab.attacks import PGD
+from demem_lab.models import MLP
+from demem_lab.objectives import PGDAT, TRADES, Natural
+from demem_lab.streams import Streams
+
+
+@pytest.fixture
+def task():
+    net = MLP((10,)).build(models=2, shape=(1, 4, 4), classes=3, seeds=(0, 1)).double()
+    x = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return net, x, torch.arange(12) % 3, torch.arange(12)
+
+
+def rng():
+    return Streams((3, 4), "attack", 7)
+
+
+def test_natural_is_cross_entropy_row_by_row(task):
+    net, x, y, index = task
+    seen = Natural()(net, x, y, index, rng=rng())
+    assert torch.allclose(seen.loss, F.cross_entropy(net(x), y, reduction="none"))
+    assert seen.loss.shape == (12,) and torch.equal(seen.adversarial_ce, seen.loss) and torch.equal(seen.index, index)
+
+
+def test_pgdat_is_cross_entropy_on_the_attacked_images(task):
+    net, x, y, index = task
+    attack = PGD(0.1, 4)
+    seen = PGDAT(attack)(net, x, y, index, rng=rng())
+    moved = attack(net, x, y, rng=rng())
+    assert torch.allclose(seen.loss, F.cross_entropy(net(moved), y, reduction="none"))
+    assert (seen.loss.sum() > F.cross_entropy(net(x), y, reduction="sum"))
+
+
+def kl(p, q):
+    return (p * (p.log() - q.log())).sum(1)
+
+
+def test_trades_formula(task):
+    net, x, y, index = task
+    attack = PGD(0.1, 4)
+    seen = TRADES(attack, beta=5.0)(net, x, y, index, rng=rng())
+    start = (x + 0.001 * rng().normal_rows(x)).clamp(0, 1)
+    z = start.clone()
+    for _ in range(4):  # PGD on the KL term, written out
+        z.requires_grad_()
+        (slope,) = torch.autograd.grad(kl(net(x).softmax(1).detach(), net(z).softmax(1)).sum(), z)
+        z = torch.min(torch.max(z.detach() + 2.5 * 0.1 / 4 * slope.sign(), x - 0.1), x + 0.1).clamp(0, 1)
+    wanted = F.cross_entropy(net(x), y, reduction="none") + 5 * kl(net(x).softmax(1), net(z).softmax(1))
+    assert torch.allclose(seen.loss, wanted, atol=1e-9)
+    assert torch.allclose(seen.adversarial_ce, F.cross_entropy(net(z), y, reduction="none"), atol=1e-9)
+
+
+def test_trades_without_beta_is_natural(task):
+    net, x, y, index = task
+    a = TRADES(PGD(0.1, 2), beta=0.0)(net, x, y, index, rng=rng()).loss
+    assert torch.allclose(a, Natural()(net, x, y, index, rng=rng()).loss)
+
+
+@pytest.mark.parametrize("beta", [-1.0, float("nan"), float("inf")])
+def test_bad_beta(beta):
+    with pytest.raises(ValueError, match="beta must be"):
+        TRADES(PGD(0.1), beta=beta)

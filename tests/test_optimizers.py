@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from demem_lab.optimizers import SGD, AdamW, Cosine, HalfFlat, StepDecay
+
+
+def run_ours(settings, gradients, factors):
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6))
+    running = settings.start([p])
+    for g, f in zip(gradients, factors, strict=True):
+        running.apply([g], f)
+    return p.detach(), running
+
+
+def run_torch(make, gradients, factors, m):
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6)[m].clone())
+    optimizer = make([p])
+    base = optimizer.param_groups[0]["lr"]
+    for g, f in zip(gradients, factors, strict=True):
+        optimizer.param_groups[0]["lr"] = base * f
+        p.grad = g[m].clone()
+        optimizer.step()
+    return p.detach()
+
+
+GRADIENTS = [torch.randn(2, 6, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(7)]
+FACTORS = [1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.1]
+
+
+@pytest.mark.parametrize(("decay", "momentum"), [(0.0, 0.9), (0.01, 0.9), (0.01, 0.0)])
+def test_sgd_is_torchs_with_a_rate_for_each_model(decay, momentum):
+    ours, _ = run_ours(SGD(lr=(0.1, 0.03), momentum=momentum, weight_decay=decay), GRADIENTS, [1.0] * 7)
+    for m, lr in enumerate((0.1, 0.03)):
+        theirs = run_torch(lambda p, lr=lr: torch.optim.SGD(p, lr, momentum, weight_decay=decay), GRADIENTS, [1.0] * 7, m)
+        assert torch.allclose(ours[m], theirs, atol=1e-12)
+
+
+def test_sgd_schedule_scales_the_step_not_the_momentum():
+    ours, _ = run_ours(SGD(lr=0.1), GRADIENTS, FACTORS)
+    assert torch.allclose(ours[0], run_torch(lambda p: torch.optim.SGD(p, 0.1, 0.9), GRADIENTS, FACTORS, 0), atol=1e-12)
+
+
+def test_adamw_is_torchs():
+    ours, _ = run_ours(AdamW(lr=(1e-2, 3e-3), weight_decay=0.1), GRADIENTS, FACTORS)
+    for m, lr in enumerate((1e-2, 3e-3)):
+        theirs = run_torch(lambda p, lr=lr: torch.optim.AdamW(p, lr, weight_decay=0.1), GRADIENTS, FACTORS, m)
+        assert torch.allclose(ours[m], theirs, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [SGD(lr=0.1), AdamW(lr=0.01)])
+def test_state_survives_a_resume(settings):
+    whole, _ = run_ours(settings, GRADIENTS, FACTORS)
+    half, running = run_ours(settings, GRADIENTS[:3], FACTORS[:3])
+    p = torch.nn.Parameter(half.clone())
+    again = settings.start([p])
+    again.load(running.state())
+    for g, f in zip(GRADIENTS[3:], FACTORS[3:], strict=True):
+        again.apply([g], f)
+    assert torch.equal(p.detach(), whole)
+
+
+def test_schedules():
+    assert [HalfFlat()(t, 10) for t in (0, 5, 9, 10)] == [1.0, 1.0, pytest.approx(0.2), 0.0]
+    assert [Cosine()(t, 10) for t in (0, 5, 10)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [StepDecay((0.5, 0.75), 0.1)(t, 8) for t in (3, 4, 6)] == pytest.approx([1.0, 0.1, 0.01])
+
+
+@pytest.mark.parametrize("make", [lambda: SGD(lr=-1.0), lambda: SGD(lr=float("nan")), lambda: AdamW(weight_decay=-0.1)])
+def test_bad_settings(make):
+    with pytest.raises(ValueError, match="must be"):
+        make()
+
+
+def test_one_rate_a_model_or_one():
+    assert SGD(lr=(1.0, 2.0, 3.0)).for_models([2], 3).lr == (3.0,)
+    with pytest.raises(ValueError, match="2 entries for 3 models"):
+        SGD(lr=(1.0, 2.0)).for_models([0], 3)

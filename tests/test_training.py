@@ -1,0 +1,214 @@
+"""Training: many at once is one by one, interrupted is uninterrupted, and bad input stops before anything is trained."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from demem_lab import training
+from demem_lab.attacks import PGD
+from demem_lab.data import member_masks
+from demem_lab.mechanisms import DPSGD, Drop, LossVariance, Plain, SelectiveDP
+from demem_lab.models import MLP, ResNet18, SmallCNN
+from demem_lab.objectives import PGDAT, TRADES
+from demem_lab.optimizers import SGD, AdamW
+from demem_lab.sampling import Poisson, Shuffled
+from demem_lab.store import StoreWarning
+from demem_lab.streams import model_seeds
+from demem_lab.training import Recipe, outputs, train
+
+
+def recipe(**changes):
+    chosen = Recipe(model=MLP((6,)), objective=PGDAT(PGD(0.1, 2)), optimizer=SGD(lr=0.1), sampler=Poisson(4), epochs=20 / 3)
+    return replace(chosen, **changes)
+
+
+MEMBERS, SEEDS = member_masks(24, 4, seed=0), model_seeds(0, 4)
+RECIPES = {
+    "plain": recipe(), "selective": recipe(mechanism=SelectiveDP((0.0, 0.5, 1.0, 2.0), 0.5, torch.arange(24) < 9)),
+    "trades": recipe(objective=TRADES(PGD(0.1, 2)), optimizer=AdamW(lr=(0.01, 0.02, 0.01, 0.02))),
+    "variance": recipe(mechanism=LossVariance(0.2), sampler=Shuffled(4)),
+}
+
+
+def distance(a, b):
+    return max(float((a.parameters[name] - b).abs().max()) for name, b in b.parameters.items())
+
+
+def alone(tiny, chosen, m, **changes):
+    part = replace(chosen, mechanism=chosen.mechanism.for_models([m], 4), optimizer=chosen.optimizer.for_models([m], 4))
+    one = train(tiny, MEMBERS[m : m + 1], part, seeds=SEEDS[m : m + 1], **changes)
+    return one
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_many_at_once_equal_one_by_one_in_double_precision(tiny, name):
+    together = train(tiny, MEMBERS, RECIPES[name], seeds=SEEDS, dtype=torch.float64, chunk=4)
+    assert together.steps == 20
+    for m in (0, 3):
+        one = alone(tiny, RECIPES[name], m, dtype=torch.float64)
+        for key, tensor in one.parameters.items():
+            assert (tensor[0] - together.parameters[key][m]).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_three_steps_agree_in_single_precision(tiny, name):
+    short = replace(RECIPES[name], epochs=1.0)
+    together = train(tiny, MEMBERS, short, seeds=SEEDS, chunk=4)
+    assert together.steps == 3
+    for key, tensor in alone(tiny, short, 2).parameters.items():
+        assert (tensor[0] - together.parameters[key][2]).abs().max() < 1e-4
+
+
+def test_chunks_and_workers_change_nothing(tiny, monkeypatch):
+    found = []
+    for chunk, workers in ((4, "1"), (3, "2"), (1, "2")):
+        monkeypatch.setenv("DEMEM_WORKERS", workers)
+        found.append(train(tiny, MEMBERS, recipe(mechanism=DPSGD(1.0)), seeds=SEEDS, chunk=chunk, dtype=torch.float64))
+    assert distance(found[0], found[1]) < 1e-8 and distance(found[0], found[2]) < 1e-8
+
+
+def test_the_probed_chunk_size_is_used_and_harmless(tiny):
+    probed = train(tiny, MEMBERS, recipe(), seeds=SEEDS, dtype=torch.float64)
+    assert distance(probed, train(tiny, MEMBERS, recipe(), seeds=SEEDS, dtype=torch.float64, chunk=2)) < 1e-8
+
+
+@pytest.mark.parametrize("stop_at", [1, 7, 19])
+def test_an_interrupted_run_goes_on_where_it_was(tiny, store, monkeypatch, stop_at):
+    whole = train(tiny, MEMBERS, recipe(mechanism=DPSGD(1.0)), seeds=SEEDS, chunk=4, trace=True)
+    monkeypatch.setenv("DEMEM_WORKERS", "1")
+    real, calls = training._State.advance, []
+
+    def counted(state):
+        if len(calls) == stop_at:
+            calls.append("interrupt")
+            raise KeyboardInterrupt
+        calls.append(state.step)
+        real(state)
+
+    monkeypatch.setattr(training._State, "advance", counted)
+    setting = {"seeds": SEEDS, "chunk": 4, "store": store, "trace": True}
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, MEMBERS, recipe(mechanism=DPSGD(1.0)), **setting)
+    calls.append("again")
+    resumed = train(tiny, MEMBERS, recipe(mechanism=DPSGD(1.0)), **setting)
+    after = calls[calls.index("again") + 1 :]
+    assert after == list(range(stop_at, 20))  # nothing is done twice
+    assert distance(whole, resumed) == 0.0
+    assert np.array_equal(whole.trace, resumed.trace, equal_nan=True) and np.allclose(whole.losses, resumed.losses)
+    assert {e["kind"] for e in store.entries()} == {"ensemble"}  # checkpoints are cleared away
+
+
+def test_interrupting_one_worker_saves_the_others(tiny, store, monkeypatch):
+    monkeypatch.setenv("DEMEM_WORKERS", "2")
+    real, armed = training._State.advance, [True]
+
+    def fail_once(state):
+        if state.step == 10 and armed:
+            armed.clear()
+            raise KeyboardInterrupt
+        real(state)
+
+    monkeypatch.setattr(training._State, "advance", fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=2, store=store)
+    assert {e["kind"] for e in store.entries()} & {"checkpoint", "chunk"}
+    resumed = train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=2, store=store)
+    assert distance(resumed, train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=2)) == 0.0
+
+
+def test_results_are_reused_and_a_damaged_one_is_computed_again(tiny, store):
+    first = train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4, store=store)
+    second = train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4, store=store)
+    assert first.fresh and not second.fresh and distance(first, second) == 0.0
+    file = next(store.root.glob("ensemble/*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.warns(StoreWarning, match="computed again"):
+        third = train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4, store=store)
+    assert third.fresh and distance(first, third) == 0.0
+
+
+def test_other_settings_are_other_results(tiny, store):
+    base = train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4, store=store)
+    for changed in (recipe(optimizer=SGD(lr=0.2)), recipe(mechanism=Drop(torch.arange(24) < 3)), recipe(epochs=6.0)):
+        other = train(tiny, MEMBERS, changed, seeds=SEEDS, chunk=4, store=store)
+        assert other.fresh and distance(base, other) > 1e-4
+    assert distance(base, train(tiny, MEMBERS, recipe(), seeds=model_seeds(1, 4), chunk=4, store=store)) > 1e-2
+
+
+def test_nobody_protected_trains_like_plain_and_everybody_like_dpsgd(tiny):
+    for flags, same in ((torch.zeros(24, dtype=torch.bool), Plain()), (torch.ones(24, dtype=torch.bool), DPSGD(1.0, 0.5))):
+        a, b = (train(tiny, MEMBERS, recipe(mechanism=m), seeds=SEEDS, dtype=torch.float64, chunk=4)
+                for m in (SelectiveDP(1.0, 0.5, flags), same))
+        assert distance(a, b) < 1e-9
+
+
+def test_outputs_are_each_models_own_answers(tiny):
+    ensemble = train(tiny, MEMBERS, recipe(), seeds=SEEDS)
+    attack = PGD(0.1, 3, random_start=False)
+    clean, moved = outputs(ensemble, tiny, block=7), outputs(ensemble, tiny, attack=attack, block=7)
+    assert clean.shape == moved.shape == (4, 24, 3)
+    for m in range(4):
+        net = ensemble.network([m])
+        assert np.allclose(clean[m], net(tiny.x).detach(), atol=1e-5)
+        assert np.allclose(moved[m], net(attack(net, tiny.x, tiny.y)).detach(), atol=1e-4)
+
+
+def test_the_trace_is_missing_exactly_where_a_sample_was_not_drawn(tiny):
+    ensemble = train(tiny, MEMBERS, recipe(epochs=4), seeds=SEEDS, trace=True, chunk=4)
+    draw = Poisson(4).start(MEMBERS, SEEDS, ensemble.sampling_rate, 3)
+    drawn = np.zeros(ensemble.trace.shape, dtype=bool)
+    for step in range(ensemble.steps):
+        index, valid = draw(step)
+        for m in range(4):
+            drawn[m, step // 3, index[m][valid[m]].numpy()] = True
+    assert np.array_equal(~np.isnan(ensemble.trace), drawn)
+
+
+def test_training_learns(digits):
+    members = member_masks(digits.n, 2, seed=0)
+    ensemble = train(digits, members, recipe(model=MLP((32,)), sampler=Poisson(20), epochs=15), seeds=(0, 1))
+    right = outputs(ensemble, digits).argmax(-1) == digits.y.numpy()
+    assert right[members.numpy()].mean() > 0.9 and (np.diff(ensemble.losses[:, [0, -1]], axis=1) < 0).all()
+
+
+@pytest.mark.parametrize("spec", [SmallCNN(width=4, hidden=8), ResNet18(width=8)], ids=["cnn", "resnet"])
+def test_convolutional_models_train_with_every_kind_of_mechanism(digits, spec):
+    members = member_masks(digits.n, 2, seed=0)
+    for mechanism in (Plain(), SelectiveDP(0.5, 1.0, torch.arange(200) < 20)):
+        chosen = Recipe(model=spec, mechanism=mechanism, sampler=Poisson(20), epochs=0.6)
+        assert np.isfinite(outputs(train(digits, members, chosen, seeds=(0, 1)), digits)).all()
+
+
+def test_batch_norm_trains_without_a_guarantee(digits):
+    members = member_masks(digits.n, 2, seed=0)
+    chosen = Recipe(model=ResNet18(width=8, norm="batch"), mechanism=DPSGD(1.0), sampler=Shuffled(20), epochs=0.4)
+    found = train(digits, members, chosen, seeds=(0, 1)).guarantee(delta=1e-5)
+    assert not found.holds and "batch normalisation" in str(found)
+
+
+def test_progress_can_be_shown(tiny, capsys):
+    train(tiny, MEMBERS, recipe(), seeds=SEEDS, progress=True, label="watch me")
+    assert "watch me" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"members": MEMBERS[:, :20]}, "membership mask must have shape"), ({"members": MEMBERS.float()}, "must be bool"),
+    ({"members": MEMBERS & False}, "have none"), ({"seeds": SEEDS[:3]}, "4 seeds, got 3"),
+    ({"recipe": recipe(sampler=Poisson(50))}, "batch_size.*50.*12 members"),
+    ({"recipe": recipe(mechanism=SelectiveDP(1.0, 1.0, torch.ones(23, dtype=torch.bool)))}, "one entry for each of the 24"),
+    ({"recipe": recipe(mechanism=SelectiveDP((1.0, 2.0)))}, "2 entries for 4 models"),
+    ({"recipe": recipe(optimizer=SGD(lr=(0.1, 0.2)))}, "2 entries for 4 models"),
+    ({"recipe": recipe(model=ResNet18(norm="batch"))}, "Poisson"), ({"chunk": 0}, "chunk"),
+])
+def test_bad_input_is_refused_before_training(tiny, change, words):
+    setting = {"members": MEMBERS, "recipe": recipe(), "seeds": SEEDS} | change
+    with pytest.raises(ValueError, match=words):
+        train(tiny, setting.pop("members"), setting.pop("recipe"), **setting)
+
+
+@pytest.mark.parametrize("epochs", [0, -1, float("nan")])
+def test_bad_epochs(epochs):
+    with pytest.raises(ValueError, match="epochs"):
+        recipe(epochs=epochs)
