@@ -155,6 +155,7 @@ def _digits() -> Dataset:
 
 def _torchvision(name: str, root: str | Path | None, download: bool, split: str) -> Dataset:
     import torchvision.datasets as known_sets
+    from torchvision.datasets.utils import extract_archive
 
     known = KNOWN[name]
     folder = root or os.environ.get("DEMEM_DATA")
@@ -165,6 +166,9 @@ def _torchvision(name: str, root: str | Path | None, download: bool, split: str)
     loader = getattr(known_sets, known.loader)
     part = {"split": split} if name == "svhn" else {"train": split == "train"}
     try:
+        for packed in Path(folder, known.loader, "raw").glob("*-ubyte.gz"):
+            if not packed.with_suffix("").exists():  # torchvision unpacks only what it has just downloaded
+                extract_archive(str(packed))
         raw = loader(str(folder), download=download, **part)
     except (RuntimeError, OSError) as error:
         if isinstance(error, PermissionError) or (Path(folder).exists() and not Path(folder).is_dir()):

@@ -10,7 +10,9 @@ from demem_lab.models import MLP, ResNet18, SmallCNN
 from demem_lab.objectives import PGDAT, TRADES, Natural
 from demem_lab.streams import Streams
 
-SPECS = {"mlp": (MLP((12, 9)), (1, 4, 4)), "cnn": (SmallCNN(width=4, hidden=8), (2, 8, 8)), "resnet": (ResNet18(width=8), (3, 8, 8))}
+SPECS = {
+    "mlp": (MLP((12, 9)), (1, 4, 4)), "cnn": (SmallCNN(width=4, hidden=8), (2, 8, 8)), "resnet": (ResNet18(width=8), (3, 8, 8)),
+}
 
 
 def build(kind, models, dtype=torch.float64):
@@ -110,7 +112,8 @@ def test_per_sample_norms_agree_with_opacus():
     from opacus import GradSampleModule
 
     net, x, y = build("mlp", 1, torch.float32)
-    twin = torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, 9), torch.nn.ReLU(), torch.nn.Linear(9, 4))
+    linear = [torch.nn.Linear(a, b) for a, b in ((16, 12), (12, 9), (9, 4))]
+    twin = torch.nn.Sequential(linear[0], torch.nn.ReLU(), linear[1], torch.nn.ReLU(), linear[2])
     for ours, theirs in zip(net.linear, twin[::2], strict=True):
         theirs.weight.data.copy_(ours.weight[0].T)
         theirs.bias.data.copy_(ours.bias[0])

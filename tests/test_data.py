@@ -1,0 +1,121 @@
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.datasets import load_digits
+
+from demem_lab import data
+from demem_lab.data import Dataset, load, member_masks, mislabelled
+
+
+def test_digits_are_scikit_learns():
+    raw, ours = load_digits(), load()
+    assert ours.n == 1797 and ours.shape == (1, 8, 8) and len(ours.classes) == 10 and ours.eps == 0.1
+    assert np.allclose(ours.x[:, 0].numpy(), raw.images / 16) and np.array_equal(ours.y.numpy(), raw.target)
+    assert ours.fingerprint == load().fingerprint != ours.subset(100).fingerprint
+
+
+def test_subset_is_without_replacement_and_keyed_by_seed():
+    digits = load()
+    a, b, c = digits.subset(300, seed=1), digits.subset(300, seed=1), digits.subset(300, seed=2)
+    assert a.n == 300 and torch.equal(a.x, b.x) and not torch.equal(a.x, c.x)
+    assert sorted(map(bytes, digits.subset(1797).x.numpy())) == sorted(map(bytes, digits.x.numpy()))
+
+
+@pytest.mark.parametrize("n", [10, 11])
+@pytest.mark.parametrize("models", [2, 6])
+def test_balanced_masks_are_twins(n, models):
+    mask = member_masks(n, models, seed=3)
+    assert mask.shape == (models, n) and torch.equal(mask[0::2], ~mask[1::2])
+    assert (mask.sum(0) == models // 2).all() and mask.sum(1).max() - mask.sum(1).min() <= 1
+
+
+def test_masks_depend_on_seed_and_not_on_how_many():
+    assert torch.equal(member_masks(50, 8, seed=1)[:4], member_masks(50, 4, seed=1))
+    assert not torch.equal(member_masks(50, 4, seed=1), member_masks(50, 4, seed=2))
+    halves = torch.stack([member_masks(40, 2, seed=s)[0] for s in range(400)]).double().mean(0)
+    assert abs(halves - 0.5).max() < 5 * 0.5 / 20  # nobody is preferred
+
+
+def test_independent_masks_are_fair_coins():
+    mask = member_masks(500, 40, seed=0, design="independent", p=0.3)
+    assert stats.binomtest(int(mask.sum()), mask.numel(), 0.3).pvalue > 1e-4
+    assert abs(np.corrcoef(mask.numpy())[np.triu_indices(40, 1)]).max() < 5 / np.sqrt(500)
+
+
+def test_canaries_always_have_a_wrong_label_uniformly():
+    digits = load()
+    changed, index = mislabelled(digits, 900, seed=0)
+    assert len(index.unique()) == 900 and (changed.y[index] != digits.y[index]).all()
+    untouched = torch.ones(digits.n, dtype=torch.bool).index_fill(0, index, False)
+    assert torch.equal(changed.y[untouched], digits.y[untouched]) and torch.equal(changed.x, digits.x)
+    shift = (changed.y[index] - digits.y[index]) % 10
+    assert stats.chisquare(torch.bincount(shift, minlength=10)[1:].numpy()).pvalue > 1e-4
+
+
+X, Y = torch.rand(6, 1, 4, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(("x", "y", "words"), [
+    (X + 0.5, Y, "pixels"), (X.clone().fill_(float("nan")), Y, "pixels"), (X[0], Y, "shape"), (X, Y[:5], "shape"),
+    (X, Y + 1, "0..1"), (X, Y * 0, "at least 2 classes"), (X[:0], Y[:0], "shape"), ((X * 255).byte(), Y, "floating point"),
+])
+def test_a_dataset_checks_itself(x, y, words):
+    with pytest.raises(ValueError, match=words):
+        Dataset("made", x, y, ("a", "b"), "made", 0.1)
+
+
+@pytest.mark.parametrize(("call", "kind", "words"), [
+    (lambda p: load("imagenet"), ValueError, "'digits', 'fashion_mnist'"), (lambda p: load(split="half"), ValueError, "split"),
+    (lambda p: load(subset=1798), ValueError, "1797 samples"), (lambda p: load(subset=1), ValueError, "subset"),
+    (lambda p: load("cifar10"), FileNotFoundError, "set DEMEM_DATA"),
+    (lambda p: load("cifar10", root=p), FileNotFoundError, "download=True"),
+    (lambda p: load("mnist", root=p / "file"), PermissionError, "choose another folder"),
+    (lambda p: load("mnist", root="/proc/nothing", download=True), (PermissionError, FileNotFoundError), "mnist"),
+    (lambda p: member_masks(10, 3, seed=0), ValueError, "even number of models"),
+    (lambda p: member_masks(10, 4, seed=0, p=0.3), ValueError, "p = 0.5"),
+    (lambda p: member_masks(10, 4, seed=0, design="other"), ValueError, "design"),
+    (lambda p: mislabelled(load(), 1798, seed=0), ValueError, "count"),
+])
+def test_bad_input(call, kind, words, tmp_path, monkeypatch):
+    monkeypatch.delenv("DEMEM_DATA", raising=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(kind, match=words):
+        call(tmp_path)
+
+
+def write_idx(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(int(s).to_bytes(4, "big") for s in array.shape)
+    path.write_bytes(head + array.astype(np.uint8).tobytes())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fashion_mnist_files_are_read_from_torchvisions_layout(tmp_path, packed):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (30, 28, 28)), np.arange(30) % 10
+    folder = tmp_path / "FashionMNIST" / "raw"
+    for part in ("train", "t10k"):
+        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+            write_idx(folder / name, array)
+            if packed:  # as downloaded; torchvision unpacks only while it downloads
+                (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes()))
+                (folder / name).unlink()
+    found = load("fashion_mnist", root=tmp_path)
+    assert np.allclose(found.x[:, 0].numpy() * 255, images, atol=1e-4) and np.array_equal(found.y.numpy(), labels)
+    assert found.classes[0] == "T-shirt" and found.eps == 0.05
+
+
+@pytest.mark.parametrize(("name", "n", "shape"), [("cifar10", 50_000, (3, 32, 32)), ("fashion_mnist", 60_000, (1, 28, 28))])
+def test_real_files(name, n, shape):
+    root = os.environ.get("DEMEM_DATA", "")
+    folder = {"cifar10": "cifar-10-batches-py", "fashion_mnist": "FashionMNIST"}[name]
+    if not root or not (Path(root) / folder).exists():
+        pytest.skip(f"set DEMEM_DATA to a folder with {folder}")
+    found = load(name, root=root)
+    assert (found.n, found.shape) == (n, shape) and (torch.bincount(found.y) == n // 10).all()
+    assert 0.1 < float(found.x.mean()) < 0.6 and len(data.KNOWN[name].classes) == 10

@@ -1,0 +1,199 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from demem_lab.store import Store, StoreWarning, canonical, code_version
+
+
+@dataclass(frozen=True)
+class A:
+    a: float = 1.0
+
+
+@dataclass(frozen=True)
+class B:
+    a: float = 1.0
+
+
+class Color(Enum):
+    RED = 1
+
+
+ARRAYS = {
+    "float": np.linspace(0, 1, 6).reshape(2, 3), "int": np.arange(4), "bool": np.array([True, False]),
+    "single": np.float32([[1.5]]), "zero-d": np.array(7), "empty": np.zeros((0, 3)),
+}
+
+
+def test_round_trip(store):
+    put = store.put("kind", {"a": 1}, ARRAYS, {"note": "hello"})
+    got = store.get("kind", {"a": 1})
+    assert put.fresh and not got.fresh and got.meta["note"] == "hello"
+    assert got.meta["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    for name, array in ARRAYS.items():
+        assert got.arrays[name].dtype == array.dtype and got.arrays[name].shape == array.shape
+        assert np.array_equal(got.arrays[name], array)
+
+
+def test_missing_is_none_and_dropped_is_missing(store):
+    assert store.get("kind", {"a": 1}) is None
+    store.put("kind", {"a": 1}, ARRAYS)
+    store.drop("kind", {"a": 1})
+    store.drop("kind", {"a": 1})
+    assert store.get("kind", {"a": 1}) is None and store.entries() == []
+
+
+configs = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3), max_leaves=6,
+)
+
+
+@given(configs)
+def test_equal_configurations_have_equal_keys(config):
+    import copy
+
+    assert canonical(config) == canonical(copy.deepcopy(config))
+
+
+@pytest.mark.parametrize(("a", "b"), [
+    (A(), B()), (A(1.0), A(2.0)), (1, 1.0), (1, True), ("1", 1), (0.1, 0.1 + 1e-17 * 3), (np.arange(3), np.arange(3.0)),
+    (np.zeros((2, 3)), np.zeros((3, 2))), (torch.ones(2), torch.zeros(2)), (Color.RED, "RED"), (None, False), ([1, 2], [2, 1]),
+])
+def test_different_configurations_have_different_keys(store, a, b):
+    same = a == b if isinstance(a, float) and isinstance(b, float) else False
+    assert (store.key("k", a) == store.key("k", b)) == same
+
+
+def test_a_tensor_and_its_array_are_the_same_configuration():
+    assert canonical(torch.arange(3)) == canonical(np.arange(3)) and canonical((1, 2)) == canonical([1, 2])
+    assert canonical({"b": 1, "a": 2}) == canonical({"a": 2, "b": 1}) and canonical(Path("x")) == "x"
+
+
+@pytest.mark.parametrize(("bad", "kind"), [(float("nan"), ValueError), (object(), TypeError), ({"f": len}, TypeError)])
+def test_what_cannot_be_a_configuration(bad, kind):
+    with pytest.raises(kind, match="configuration"):
+        canonical(bad)
+
+
+def test_key_depends_on_kind_and_on_the_source_of_modules(store):
+    assert store.key("a", 1) != store.key("b", 1) != store.key("b", 1, modules=("risk",))
+    assert code_version(("risk",)) != code_version(("membership",))
+
+
+def damage(place, how):
+    data, sidecar = next(place.glob("*.safetensors")), next(place.glob("*.json"))
+    if how == "cut":
+        data.write_bytes(data.read_bytes()[:-3])
+    elif how == "bit":
+        content = bytearray(data.read_bytes())
+        content[-1] ^= 1
+        data.write_bytes(bytes(content))
+    elif how == "gone":
+        data.unlink()
+    elif how == "json":
+        sidecar.write_text('{"data": ')
+    elif how == "empty":
+        sidecar.write_text("")
+    elif how == "list":
+        sidecar.write_text("[]")
+
+
+@pytest.mark.parametrize("how", ["cut", "bit", "gone", "json", "empty", "list"])
+def test_damage_is_noticed_reported_and_computed_anew(store, how):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"x": np.arange(5)}
+
+    store.compute("k", {"a": 1}, compute)
+    damage(store.root / "k", how)
+    with pytest.warns(StoreWarning, match="is computed again"):
+        again = store.compute("k", {"a": 1}, compute)
+    assert len(calls) == 2 and again.fresh and np.array_equal(again.arrays["x"], np.arange(5))
+    assert not store.compute("k", {"a": 1}, compute).fresh and len(calls) == 2
+
+
+def test_a_failing_computation_leaves_nothing(store):
+    with pytest.raises(RuntimeError, match="planted"):
+        store.compute("k", 1, lambda: (_ for _ in ()).throw(RuntimeError("planted")))
+    assert store.get("k", 1) is None and store.compute("k", 1, lambda: {"x": np.ones(1)}).fresh
+
+
+def compute_slowly(root, log):
+    def work():
+        with open(log, "a") as file:
+            file.write("computed\n")
+        time.sleep(0.5)
+        return {"x": np.arange(3)}
+
+    entry = Store(root).compute("k", {"a": 1}, work)
+    assert entry.arrays["x"].tolist() == [0, 1, 2]
+
+
+def test_two_processes_compute_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=compute_slowly, args=(str(tmp_path / "s"), str(tmp_path / "log"))) for _ in range(3)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [p.exitcode for p in both] == [0, 0, 0] and (tmp_path / "log").read_text() == "computed\n"
+
+
+def test_a_killed_writer_leaves_no_half_entry_and_no_lock(tmp_path):
+    script = textwrap.dedent("""
+        import sys, numpy as np
+        from demem_lab.store import Store
+        store = Store(sys.argv[1])
+        def work():
+            print("started", flush=True)
+            while True:
+                store.put("k", 2, {"x": np.random.rand(300_000)})
+        store.compute("k", 1, work)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    store = Store(tmp_path)
+    assert store.get("k", 1) is None
+    assert store.compute("k", 1, lambda: {"x": np.ones(2)}).fresh  # the lock died with its owner
+    two = store.get("k", 2)
+    assert two is None or two.arrays["x"].shape == (300_000,)
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/demem")):
+        with pytest.raises(PermissionError, match="set DEMEM_STORE"):
+            Store(place)
+
+
+def test_the_place_is_argument_then_environment_then_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEMEM_STORE", str(tmp_path / "env"))
+    assert Store().root == tmp_path / "env" and Store(tmp_path / "arg").root == tmp_path / "arg"
+    monkeypatch.delenv("DEMEM_STORE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert str(Store().root).startswith(str(tmp_path / "cache")) or sys.platform != "linux"
+
+
+def test_nothing_is_pickled():
+    for file in Path(__file__).parents[1].glob("demem_lab/*.py"):
+        source = file.read_text()
+        assert "import pickle" not in source and "torch.load(" not in source and "allow_pickle" not in source, file
