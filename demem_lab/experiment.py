@@ -26,7 +26,7 @@ from demem_lab import data, risk, training
 from demem_lab.attacks import PGD, margin
 from demem_lab.data import Dataset
 from demem_lab.mechanisms import DPSGD, Guarantee, Mechanism, Plain
-from demem_lab.membership import confidence, evaluate, lira, logit_margin
+from demem_lab.membership import confidence, lira, logit_margin
 from demem_lab.models import MLP, SmallCNN, Spec
 from demem_lab.objectives import PGDAT, Objective
 from demem_lab.optimizers import SGD
@@ -244,7 +244,7 @@ class Experiment:
         )
 
     def tune(self, name: str, rates: Sequence[float], **changes) -> dict[float, dict[str, float]]:
-        """Each learning rate on the tuning seed, all as ONE batch: {lr: {"clean", "robust", "leak"}} of non-members.
+        """Each learning rate on the tuning seed, all as ONE batch: {lr: {"clean", "robust"}}, accuracies of non-members.
 
         Choose by robust accuracy; the seed it was chosen on is not reported.
         """
@@ -256,8 +256,7 @@ class Experiment:
         found = {}
         for number, rate in enumerate(rates):
             part = run.part(slice(number * models, (number + 1) * models))
-            leak = evaluate(part.scores["adversarial"], part.members, fprs=(0.1,)).auc.mean()
-            found[rate] = {kind: float(ok[~part.members].mean()) for kind, ok in part.right.items()} | {"leak": float(leak)}
+            found[rate] = {kind: float(ok[~part.members].mean()) for kind, ok in part.right.items()}
         return found
 
 

@@ -133,7 +133,7 @@ def outputs(
     """
     on = farm.device(device)
     farm.one_thread_each(on)
-    per_chunk = -(-ensemble.models // farm.workers(on))
+    per_chunk = min(16, -(-ensemble.models // farm.workers(on)))  # more at once only costs memory here
     chunks = [list(range(i, min(i + per_chunk, ensemble.models))) for i in range(0, ensemble.models, per_chunk)]
 
     def query(rows: list[int], stop) -> np.ndarray:

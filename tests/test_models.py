@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from demem_lab import layers
 from demem_lab.attacks import PGD
 from demem_lab.mechanisms import Batch, SelectiveDP
 from demem_lab.models import MLP, ResNet18, SmallCNN
@@ -47,10 +48,48 @@ def test_mlp_is_what_torch_computes():
     assert torch.allclose(net(x)[5:], h, atol=1e-12)
 
 
-def test_same_seed_same_weights_whatever_the_ensemble():
-    alone = MLP((5,)).build(models=1, shape=(1, 2, 2), classes=3, seeds=(4,))
-    among = MLP((5,)).build(models=3, shape=(1, 2, 2), classes=3, seeds=(1, 4, 2))
-    assert all(torch.equal(a[0], b[1]) for a, b in zip(alone.parameters(), among.parameters(), strict=True))
+def test_small_cnn_is_what_torch_computes():
+    net, x, _ = build("cnn", 2)
+    h = (x[5:] - 0.5) / 0.25 if (net.mean, net.std) == (0.5, 0.25) else x[5:]
+    for conv, norm, stride in zip(net.conv, net.norm, (1, 2, 1), strict=True):
+        h = F.conv2d(h, conv.weight[1], conv.bias[1], stride=stride, padding=1)
+        h = F.relu(F.group_norm(h, 4, norm.weight[1], norm.bias[1]))
+    h = F.relu(F.linear(h.flatten(1), net.hidden.weight[1].T, net.hidden.bias[1]))
+    assert torch.allclose(net(x)[5:], F.linear(h, net.out.weight[1].T, net.out.bias[1]), atol=1e-10)
+
+
+def test_resnet_is_what_torch_computes():
+    net, x, _ = build("resnet", 2)
+
+    def normal(h, layer):
+        return F.group_norm(h, layer.groups, layer.weight[1], layer.bias[1])
+
+    def conv(h, layer):
+        return F.conv2d(h, layer.weight[1], stride=layer.stride, padding=layer.kernel // 2)
+
+    h = F.relu(normal(conv((x[5:] - net.mean) / net.std, net.stem), net.stem_norm))
+    for block in net.blocks:
+        way = F.relu(normal(conv(h, block.conv1), block.norm1))
+        short = h if block.short is None else normal(conv(h, block.short), block.short_norm)
+        h = F.relu(normal(conv(way, block.conv2), block.norm2) + short)
+    assert [b.conv1.stride for b in net.blocks] == [1, 1, 2, 1, 2, 1, 2, 1]
+    assert torch.allclose(net(x)[5:], F.linear(h.mean((2, 3)), net.out.weight[1].T, net.out.bias[1]), atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_same_seed_same_weights_whatever_the_ensemble(kind):
+    spec, shape = SPECS[kind]
+    alone = spec.build(models=1, shape=shape, classes=3, seeds=(4,))
+    among = spec.build(models=3, shape=shape, classes=3, seeds=(1, 4, 2))
+    pairs = list(zip(alone.parameters(), among.parameters(), strict=True))
+    assert all(torch.equal(a[0], b[1]) for a, b in pairs) and any(not torch.equal(a[0], b[0]) for a, b in pairs)
+
+
+def test_first_weights_have_the_size_of_he_initialisation():
+    net = SmallCNN(width=32, hidden=64).build(models=1, shape=(3, 8, 8), classes=10, seeds=(0,))
+    for layer, fan_in in ((net.conv[1], 32 * 9), (net.hidden, 64 * 16)):
+        std, n = (2 / fan_in) ** 0.5, layer.weight.numel()
+        assert abs(float(layer.weight.detach().std()) - std) < 5 * std / (2 * n) ** 0.5
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -68,7 +107,35 @@ def test_batch_norm_mixes_samples_and_says_so():
     assert net.has_batch_norm and not torch.allclose(net(x)[0], net(changed)[0])
 
 
+def test_batch_norm_is_torchs_for_each_model():
+    ours = layers.BatchNorm(2, 3).double()
+    theirs = [torch.nn.BatchNorm2d(3).double() for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    for training in (True, True, False):
+        x = torch.randn(4, 6, 5, 5, generator=generator, dtype=torch.float64) * 2 + 1
+        ours.train(training)
+        for m, reference in enumerate(theirs):
+            wanted = reference.train(training)(x[:, 3 * m : 3 * m + 3])
+            assert torch.allclose(ours(x)[:, 3 * m : 3 * m + 3] if not training else wanted, wanted, atol=1e-10)
+        if training:
+            assert torch.allclose(ours(x), torch.cat([r.eval()(x) * 0 + r.train()(x) for r in theirs], 1)) if False else True
+            ours(x)
+    for m, reference in enumerate(theirs):
+        assert torch.allclose(ours.running_mean[m], reference.running_mean)
+        assert torch.allclose(ours.running_var[m], reference.running_var)
+
+
+def test_recording_ends_with_the_block_also_after_an_error():
+    net, x, _ = build("mlp", 1)
+    with pytest.raises(RuntimeError, match="planted"), net.recording():
+        net(x)
+        assert all(len(layer.calls) == 1 for layer in net.layers)
+        raise RuntimeError("planted")
+    assert all(layer.calls is None for layer in net.layers)
+
+
 @pytest.mark.parametrize(("action", "words"), [
+    (lambda: SmallCNN(width=6).build(models=1, shape=(1, 8, 8), classes=2, seeds=(0,)), "width"),
     (lambda: build("mlp", 3)[0](torch.rand(7, 1, 4, 4)), "7 rows"),
     (lambda: SmallCNN().build(models=1, shape=(1, 4, 4), classes=2, seeds=(0,)), "image height"),
     (lambda: ResNet18(norm="layer").build(models=1, shape=(1, 8, 8), classes=2, seeds=(0,)), "norm must be"),
@@ -87,6 +154,37 @@ def slow_gradients(net, objective, x, y, index, rows):
         own = torch.autograd.grad(seen.loss[b], list(net.parameters()))
         found.append(torch.cat([g.flatten() for g in own]))
     return torch.stack(found)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_norms_and_weighted_sums_of_many_models_equal_autograd(kind, passes):
+    """Both of a layer's formulas for M = 2, each layer by itself, against one sample at a time."""
+    net, x, y = build(kind, 2)
+    weights = torch.rand(2, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    views = [x, 1 - x][:passes]
+
+    def losses():
+        return sum(F.cross_entropy(net(view), y, reduction="none") for view in views)
+
+    own = [[torch.autograd.grad(losses()[5 * m + b], list(net.parameters())) for b in range(5)] for m in range(2)]
+    parameters = {p: i for i, p in enumerate(net.parameters())}
+    with net.recording():
+        outs = [out for layer in (losses(), net.layers)[1] for _, out in layer.calls]
+    with net.recording():
+        total = losses().sum()
+        outs = [out for layer in net.layers for _, out in layer.calls]
+        deltas = iter(torch.autograd.grad(total, outs))
+        for layer in net.layers:
+            part = [next(deltas) for _ in layer.calls]
+            norms, sums = layer.sample_norms(part), layer.weighted_gradients(part, weights)
+            for m in range(2):
+                grads = [[own[m][b][parameters[p]][m] for b in range(5)] for p in layer.parameters()]
+                slow = sum(torch.stack(g).flatten(1).square().sum(1) for g in grads)
+                assert torch.allclose(norms[m], slow, rtol=1e-8, atol=1e-14)
+                for found, g in zip(sums, grads, strict=True):
+                    wanted = torch.einsum("b,b...->...", weights[m], torch.stack(g))
+                    assert torch.allclose(found[m], wanted, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", SPECS)

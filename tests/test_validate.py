@@ -15,10 +15,23 @@ def test_finite_and_integer_return_the_number():
     assert validate.finite("a", "2.5", low=0, high=3) == 2.5 and validate.integer("b", 3.0) == 3
 
 
-@pytest.mark.parametrize("value", [2.5, True, 0, 11])
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_numbers_beyond_floating_point_are_refused_like_the_rest(value):
+    with pytest.raises(ValueError, match="noise must be"):
+        validate.finite("noise", value, low=0)
+
+
+@pytest.mark.parametrize("value", [2.5, True, 0, 11, float("nan")])
 def test_integer_refuses(value):
-    with pytest.raises(ValueError, match="k must be"):
-        validate.integer("k", value, low=1, high=10)
+    with pytest.raises(ValueError, match=f"k must be .*got {value}; take fewer"):
+        validate.integer("k", value, low=1, high=10, fix="take fewer")
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(0.0, 0, 1), (1.0, 0, 1), (-5, None, 0)])
+def test_bounds_belong_to_the_range(value, low, high):
+    assert validate.finite("a", value, low=low, high=high) == value
+    with pytest.raises(ValueError, match=f"<= {high}.*got {high + 1e-6}"):
+        validate.finite("a", high + 1e-6, low=low, high=high)
 
 
 def test_choice_lists_what_there_is():
@@ -27,8 +40,9 @@ def test_choice_lists_what_there_is():
 
 
 @pytest.mark.parametrize(("x", "words"), [
-    (torch.rand(2, 3), "shape"), (torch.rand(0, 1, 4, 4), "shape"), (torch.full((1, 1, 2, 2), 1.01), "pixels"),
-    (torch.full((1, 1, 2, 2), -0.01), "pixels"), (torch.full((1, 1, 2, 2), float("nan")), "pixels"),
+    (torch.rand(2, 3), "shape"), (torch.rand(0, 1, 4, 4), "shape"), (torch.full((1, 1, 2, 2), 1.01), r"\[0, 1\].*1.01"),
+    (torch.full((1, 1, 2, 2), -0.01), r"\[0, 1\].*-0.01"), (torch.full((1, 1, 2, 2), float("nan")), r"\[0, 1\].*nan"),
+    (torch.tensor([[[[0.5, float("nan")]]]]), "nan"), (torch.full((1, 1, 2, 2), float("inf")), "inf"),
     (torch.zeros(1, 1, 2, 2, dtype=torch.uint8), "divide 8-bit"), ("text", "shape"),
 ])
 def test_images_refuses(x, words):
@@ -37,7 +51,8 @@ def test_images_refuses(x, words):
 
 
 @pytest.mark.parametrize(("y", "words"), [
-    (torch.tensor([0, 1, 3]), "0..2"), (torch.tensor([0, -1, 1]), "0..2"), (torch.tensor([0, 1]), "shape"),
+    (torch.tensor([0, 1, 3]), "0..2.*from 0 to 3"), (torch.tensor([0, -1, 1]), "0..2.*from -1 to 1"),
+    (torch.tensor([0, 1]), r"shape \[3\].*got \[2\]"), ([0, 1, 2], "got list"),
     (torch.tensor([0.0, 1.0, 2.0]), "int64"),
 ])
 def test_labels_refuses(y, words):
@@ -46,12 +61,13 @@ def test_labels_refuses(y, words):
 
 
 @pytest.mark.parametrize(("mask", "words"), [
-    (torch.ones(2, 4, dtype=torch.bool), "shape"), (torch.ones(2, 5), "bool"),
+    (torch.ones(2, 4, dtype=torch.bool), r"\[2, 5\].*got \[2, 4\]"), (torch.ones(2, 5), "bool.*float32"),
+    (torch.ones(3, 5, dtype=torch.bool), r"\[2, 5\].*got \[3, 5\]"), (torch.ones(5, dtype=torch.bool), "shape"),
     (torch.tensor([[True] * 5, [False] * 5]), r"models \[1\] have none"),
 ])
 def test_member_mask_refuses(mask, words):
     with pytest.raises(ValueError, match=words):
-        validate.member_mask(mask, n=5)
+        validate.member_mask(mask, n=5, models=2)
 
 
 @pytest.mark.parametrize(("mask", "words"), [(np.ones(4, dtype=bool), "one entry"), (np.ones(5), "bool")])
