@@ -12,6 +12,7 @@ random numbers. A killed run continues from its last checkpoint in the store.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -213,7 +214,8 @@ def _train_chunks(job: _Job, store, progress, label, chunk, checkpoint_seconds) 
     models = len(job.members)
     size = chunk_size(job) if chunk is None else integer("chunk", chunk, low=1)
     chunks = [list(range(i, min(i + size, models))) for i in range(0, models, size)]
-    bar = tqdm(total=job.steps * models, desc=label, unit="step", disable=not progress, leave=False, mininterval=1)
+    bar = tqdm(total=job.steps * models, desc=label, unit="step", disable=not progress, leave=False, mininterval=1,
+               file=sys.stdout)  # on stderr JupyterLab would leave a red bar behind
     lock = threading.Lock()
 
     def advance(steps: int) -> None:

@@ -78,8 +78,8 @@ def plane_view(plane: Plane, chosen: Mapping, images: np.ndarray, *, title: str 
     `chosen` is the row of `plane.points` to mark. Empty `images` show an empty frame.
     """
     figure = make_subplots(
-        rows=2, cols=2, row_heights=[0.72, 0.28], specs=[[{}, {}], [{"colspan": 2}, None]], vertical_spacing=0.16,
-        subplot_titles=("leakage, % of members found", "each trained point: what it keeps, what it leaks",
+        rows=2, cols=2, row_heights=[0.74, 0.26], specs=[[{}, {}], [{"colspan": 2}, None]], vertical_spacing=0.16, horizontal_spacing=0.14,
+        subplot_titles=("leakage: members found, %", "every trained point",
                         "who is protected: lowest risk first … highest last"),
     )
     noises, fractions = plane_axes(plane)
@@ -108,13 +108,13 @@ def plane_view(plane: Plane, chosen: Mapping, images: np.ndarray, *, title: str 
         **plane_mark(plane, chosen)["frontier"], mode="markers", name="chosen", row=1, col=2, hoverinfo="skip",
         marker={"symbol": "circle-open", "size": 20, "color": COLORS[1], "line": {"width": 3}},
     )
-    figure.add_trace(protectedpicture(images), row=2, col=1)
+    figure.add_trace(protected_picture(images), row=2, col=1)
     figure.update_xaxes(title="share of samples protected", type="category", row=1, col=1)
     figure.update_yaxes(title="noise multiplier", type="category", row=1, col=1)
     figure.update_xaxes(title="robust accuracy, % (more is better)", row=1, col=2)
     figure.update_yaxes(title="leakage, %", rangemode="tozero", row=1, col=2)
     figure.update_xaxes(visible=False, row=2, col=1)
-    figure.update_yaxes(visible=False, autorange="reversed", row=2, col=1)
+    figure.update_yaxes(visible=False, autorange="reversed", scaleanchor="x3", constrain="domain", row=2, col=1)
     return styled(figure, title=title, height=640)
 
 
@@ -131,7 +131,7 @@ def plane_mark(plane: Plane, chosen: Mapping) -> dict[str, dict]:
     }
 
 
-def protectedpicture(images: np.ndarray, *, columns: int = 24):
+def protected_picture(images: np.ndarray, *, columns: int = 24):
     """The trace with the pictures of the protected; a blank one when there are none."""
     blank = not len(images)
     return picture(mosaic(np.ones((1, *np.shape(images)[1:])) if blank else images, columns=columns))

@@ -1,5 +1,7 @@
 """Attacks against closed forms on linear models, a slow PGD, and what they must leave untouched."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import nn
 
 from demem_lab import attacks
 from demem_lab.attacks import FGSM, PGD
+from demem_lab.models import MLP
 from demem_lab.streams import Streams
 
 
@@ -88,7 +91,8 @@ def test_random_starts_fill_the_ball():
                                                      torch.zeros(4000, dtype=torch.int64), rng=Streams((1,), "s"))
         away = (start - x).flatten(1)
         radius = away.abs().amax(1) if norm == "linf" else away.norm(dim=1)
-        assert abs(float((radius <= 0.05).double().mean()) - 0.25) < 0.04  # a quarter of the area lies within half the radius
+        inner = float((radius <= 0.05).double().mean())  # half the radius holds a quarter of the area
+        assert abs(inner - 0.25) < 0.04
         assert away.mean(0).abs().max() < 0.01
 
 
@@ -133,6 +137,59 @@ def test_evaluation_mode_inside_everything_restored_outside(fail):
     assert net.inner.weight.requires_grad and not net.inner.bias.requires_grad and net.inner.weight.grad is None
 
 
+def test_recording_goes_on_after_an_attack_and_the_attack_is_not_in_it():
+    net = MLP((5,)).build(models=2, shape=(1, 4, 4), classes=2, seeds=(0, 1)).double()
+    x, y = task()
+    with net.recording():
+        net(x)
+        PGD(0.1, 3)(net, x, y)
+        with pytest.raises(RuntimeError, match="planted"), attacks.frozen(net):
+            raise RuntimeError("planted")
+        net(x)
+        assert [len(layer.calls) for layer in net.layers] == [2, 2]
+
+
+def test_attacks_and_predictions_see_the_evaluation_mode():
+    class Moody(nn.Module):
+        def forward(self, x):
+            z = (x.flatten(1)[:, 0] - 0.5) * (-1 if self.training else 1)
+            return torch.stack([-z, z], 1)
+
+    net, (x, _) = Moody().train(), task(4, 40)
+    y = (x[:, 0, 0, 0] > 0.5).long()
+    assert torch.equal(attacks.predictions(net, x), y) and net.training
+    moved = FGSM(0.05)(net, x, y)[:, 0, 0, 0]
+    assert torch.allclose(moved, (x[:, 0, 0, 0] + torch.where(y == 0, 0.05, -0.05)).clamp(0, 1))
+
+
+def test_robust_accuracy_of_real_attacks_equals_attacking_everything():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, _ = task(6, 120)
+    y = net(x).argmax(1)
+    y[::10] = (y[::10] + 1) % 3  # some are wrong before any attack
+    chosen = [PGD(0.03, 3, random_start=False), PGD(0.1, 5, norm="l2", random_start=False), FGSM(0.04)]
+    right = [net(z).argmax(1) == y for z in (x, *(attack(net, x, y) for attack in chosen))]
+    slow = torch.stack(right).all(0)
+    assert torch.equal(attacks.withstands(net, x, y, chosen), slow) and 0 < slow.double().mean() < 0.9
+    assert attacks.robust_accuracy(net, x, y, chosen) == slow.double().mean().item()
+
+
+def test_robust_accuracy_falls_with_restarts():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    x, _ = task(5, 150)
+    y = net(x).argmax(1)
+    few, many = (attacks.robust_accuracy(net, x, y, [PGD(0.2, 1, step_size=0.0, restarts=r)], rng=Streams((1,), "a"))
+                 for r in (1, 20))
+    assert 0 < many < few < 1
+
+
+def test_margin_by_hand():
+    logits, y = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 9.0]]), torch.tensor([0, 1])
+    assert attacks.margin(logits, y).tolist() == [-1.0, 4.0]
+
+
 def test_robust_accuracy_is_the_point_wise_worst_case():
     class Half(nn.Module):
         def forward(self, x):  # right on the untouched images only where a pixel agrees with the label
@@ -173,8 +230,6 @@ def test_margin_loss_sees_through_a_saturated_softmax():
 
 def test_autoattack_is_no_weaker_than_pgd(digits):
     pytest.importorskip("pyautoattack", reason="install demem-lab[attacks]")
-    from demem_lab.models import MLP
-
     net = MLP((32,)).build(models=1, shape=(1, 8, 8), classes=10, seeds=(0,))
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     for _ in range(60):
@@ -190,6 +245,16 @@ def test_autoattack_is_no_weaker_than_pgd(digits):
     assert all(p.requires_grad for p in net.parameters())
 
 
+def test_autoattack_says_what_is_missing(monkeypatch):
+    net, (x, y) = TwoClasses(), task()
+    with monkeypatch.context() as without, pytest.raises(ImportError, match=r"demem-lab\[attacks\]"):
+        without.setitem(sys.modules, "pyautoattack", None)
+        attacks.autoattack(net, x, y, eps=0.1)
+    pytest.importorskip("pyautoattack", reason="install demem-lab[attacks]")
+    with pytest.raises(ValueError, match="at least 4 classes, got 2"):
+        attacks.autoattack(net, x, y, eps=0.1)
+
+
 @pytest.mark.parametrize("make", [
     lambda: PGD(-0.1), lambda: PGD(float("nan")), lambda: PGD(float("inf")), lambda: PGD(0.1, 0), lambda: PGD(0.1, 1.5),
     lambda: PGD(0.1, restarts=0), lambda: PGD(0.1, norm="l1"), lambda: PGD(0.1, step_size=float("nan")),
@@ -201,8 +266,12 @@ def test_bad_settings(make):
 
 def test_bad_queries():
     net, (x, y) = TwoClasses(), task()
-    for bad_x, bad_y, words in ((x + 1, y, "pixels"), (x * float("nan"), y, "pixels"), (x, y + 5, "0..1"), (x[0], y, "shape")):
+    bad = ((x + 1, y, "pixels"), (x * float("nan"), y, "pixels"), (x, y + 5, "0..1"), (x[0], y, "shape"))
+    for bad_x, bad_y, words in bad:
         with pytest.raises(ValueError, match=words):
             attacks.robust_accuracy(net, bad_x, bad_y, [PGD(0.1)])
     with pytest.raises(ValueError, match="at least one attack"):
         attacks.robust_accuracy(net, x, y, [])
+    two = MLP((5,)).build(models=2, shape=(1, 4, 4), classes=2, seeds=(0, 1)).double()
+    with pytest.raises(ValueError, match="one model at a time, got 2"):
+        attacks.withstands(two, x, y, [PGD(0.1)])

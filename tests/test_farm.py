@@ -26,28 +26,58 @@ def test_any_executor_will_do():
             assert farm.run(double, [[1], [2, 3]], executor=executor) == [[2], [4, 6]]
 
 
-def test_one_failure_stops_the_others_and_is_raised():
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_one_failure_stops_the_others_and_is_raised(error):
     started, stopped = threading.Event(), threading.Event()
 
     def work(chunk, stop):
         if chunk == 0:
             started.wait(10)
-            raise RuntimeError("planted")
+            raise error("planted")
         started.set()
         if stop.wait(10):
             stopped.set()
 
-    with pytest.raises(RuntimeError, match="planted"):
+    with pytest.raises(error, match="planted"):
         farm.run(work, [0, 1], at_once=2)
     assert stopped.is_set()
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_little_is_started_after_a_failure(at_once):
+    seen = []
+
+    def work(chunk, stop):
+        seen.append(chunk)
+        if chunk == 0:
+            raise RuntimeError("planted")
+        stop.wait(10)
+
+    with pytest.raises(RuntimeError, match="planted"):
+        farm.run(work, range(50), at_once=at_once)
+    assert len(seen) <= 5
+
+
+def test_no_chunks_no_results():
+    assert farm.run(double, [], at_once=2) == [] == farm.run(double, [], at_once=1)
+
+
+def fail(chunk, stop):
+    raise RuntimeError(f"planted in {chunk}, {stop}")
+
+
+def test_an_executors_failure_is_raised():
+    with ThreadPoolExecutor(2) as threads, pytest.raises(RuntimeError, match="planted in 1, None"):
+        farm.run(fail, [1, 2], executor=threads)
 
 
 def test_workers_can_be_set_and_nonsense_is_refused(monkeypatch):
     monkeypatch.setenv("DEMEM_WORKERS", "3")
     assert farm.workers() == 3 and farm.workers("cuda") == 1
-    monkeypatch.setenv("DEMEM_WORKERS", "many")
-    with pytest.raises(ValueError, match="DEMEM_WORKERS"):
-        farm.workers()
+    for nonsense in ("many", "0", "-2", "1.5", "nan"):
+        monkeypatch.setenv("DEMEM_WORKERS", nonsense)
+        with pytest.raises(ValueError, match=f"DEMEM_WORKERS must be .*{nonsense}"):
+            farm.workers()
     monkeypatch.delenv("DEMEM_WORKERS")
     assert farm.workers() >= 1
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from scipy import stats
 
+from demem_lab.attacks import PGD
 from demem_lab.mechanisms import DPSGD, Batch, DownWeight, Drop, LossVariance, Plain, SelectiveDP
 from demem_lab.models import MLP, SmallCNN
-from demem_lab.objectives import Natural, PerSample
+from demem_lab.objectives import TRADES, Natural, PerSample
 from demem_lab.streams import Streams
 
 M, B, N = 2, 6, 20
@@ -61,7 +62,8 @@ def test_selective_update_equals_the_loop(spec):
 def test_everybody_is_dpsgd_and_nobody_is_plain():
     net, x, y, batch = problem()
     everybody, nobody = torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool)
-    assert torch.equal(update(SelectiveDP(1.3, 0.5, everybody), net, x, y, batch), update(DPSGD(1.3, 0.5), net, x, y, batch))
+    dpsgd = update(DPSGD(1.3, 0.5), net, x, y, batch)
+    assert torch.equal(update(SelectiveDP(1.3, 0.5, everybody), net, x, y, batch), dpsgd)
     found, plain = update(SelectiveDP(1.3, 0.5, nobody), net, x, y, batch), update(Plain(), net, x, y, batch)
     assert torch.allclose(found, plain, atol=1e-12)
 
@@ -98,7 +100,8 @@ def test_noise_differs_between_steps_and_models():
 
 def test_settings_may_differ_between_models():
     net, x, y, batch = problem()
-    both = update(SelectiveDP((0.0, 2.0), (0.3, 0.9), torch.stack([torch.arange(N) < 5, torch.arange(N) < 15])), net, x, y, batch)
+    protected = torch.arange(N) < torch.tensor([[5], [15]])
+    both = update(SelectiveDP((0.0, 2.0), (0.3, 0.9), protected), net, x, y, batch)
     for m, (sigma, bound, size) in enumerate([(0.0, 0.3, 5), (2.0, 0.9, 15)]):
         alone = update(SelectiveDP(sigma, bound, torch.arange(N) < size), net, x, y, batch)
         assert torch.allclose(both[m], alone[m], atol=1e-12)
@@ -121,6 +124,27 @@ def test_divisor_is_the_expected_batch_size():
         assert torch.allclose(update(mechanism, net, x, y, batch), wanted, atol=1e-10)
 
 
+@pytest.mark.parametrize("make", [lambda f: SelectiveDP(0.5, 1.0, f), Drop, DownWeight],
+                         ids=["selective", "drop", "weight"])
+def test_flags_may_be_numpy_as_the_measuring_modules_give_them(make):
+    net, x, y, batch = problem()
+    flagged = torch.arange(N) < 7
+    ours, theirs = (update(make(f), net, x, y, batch) for f in (flagged.numpy(), flagged))
+    assert torch.equal(ours, theirs)
+
+
+def test_one_protected_sample_moves_the_sum_by_at_most_the_bound():
+    net, x, y, batch = problem()
+    mechanism = SelectiveDP(0.0, 0.05, torch.arange(N) % 2 == 0)
+    here, whole = mechanism.protected[batch.index], update(mechanism, net, x, y, batch)
+    assert here.any() and not here.all()
+    for b in range(B):
+        valid = torch.arange(B).expand(M, B) != b
+        without = update(mechanism, net, x, y, Batch(batch.index, valid, 10.0, 0, 100, batch.noise))
+        moved = (whole - without).norm(dim=1) * 10
+        assert (moved[here[:, b]] <= 0.05 + 1e-12).all() and (moved[~here[:, b]] > 0.05).all()
+
+
 def test_drop_down_weight_and_plain():
     net, x, y, batch = problem()
     flagged = torch.arange(N) % 3 == 0
@@ -130,6 +154,8 @@ def test_drop_down_weight_and_plain():
         wanted = (own * factor[..., None]).sum(1) / 10
         assert torch.allclose(update(DownWeight(flagged, weight), net, x, y, batch), wanted, atol=1e-7)
     assert torch.allclose(update(Drop(flagged), net, x, y, batch), update(DownWeight(flagged, 0.0), net, x, y, batch))
+    undrawn = Batch(batch.index, ~flagged[batch.index], 10.0, 0, 100, batch.noise)
+    assert torch.equal(update(Drop(flagged), net, x, y, batch), update(Plain(), net, x, y, undrawn))
     assert torch.allclose(update(DownWeight(flagged, 1.0), net, x, y, batch), update(Plain(), net, x, y, batch))
 
 
@@ -158,15 +184,43 @@ def test_loss_variance_of_fewer_than_two_adds_nothing(drawn):
     assert torch.isfinite(found).all() and torch.allclose(found, update(Plain(), net, x, y, batch))
 
 
-def test_rows_that_are_not_there_cannot_poison():
+@pytest.mark.parametrize("mechanism", [Plain(), LossVariance(0.2), SelectiveDP(1.0, 0.5), Drop(torch.arange(N) < 9)],
+                         ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("poison", [float("inf"), float("nan"), 1e30])
+def test_rows_that_are_not_there_cannot_poison(mechanism, poison):
     net, x, y, batch = problem(valid=torch.tensor([[True] * 3 + [False] * 3] * M))
     flat = batch.index.flatten()
-    for mechanism in (Plain(), LossVariance(0.2)):
+    clean = update(mechanism, net, x, y, batch)
+    with net.recording(mechanism.per_sample):
         logits = net(x[flat])
         loss = torch.nn.functional.cross_entropy(logits, y[flat], reduction="none")
-        bad = torch.where(batch.valid.flatten(), loss, float("inf"))
-        gradients = mechanism.update(net, PerSample(bad, bad, logits, y[flat], flat), batch)
-        assert all(torch.isfinite(g).all() for g in gradients)
+        bad = torch.where(batch.valid.flatten(), loss, poison)
+        found = mechanism.update(net, PerSample(bad, bad, logits, y[flat], flat), batch)
+    assert torch.allclose(torch.cat([g.flatten(1) for g in found], 1), clean, atol=1e-12)
+
+
+def test_loss_variance_is_of_the_adversarial_losses_and_its_weight_is_per_model():
+    net, x, y, batch = problem()
+    flat, lam = batch.index.flatten(), (0.0, 0.7)
+    objective = TRADES(PGD(0.1, 2), beta=2.0)
+
+    def seen():
+        return objective(net, x[flat], y[flat], flat, rng=Streams((0, 1), "attack"))
+
+    found, again = LossVariance(lam).update(net, seen(), batch), seen()
+    loss, adversarial = again.loss.view(M, B), again.adversarial_ce.view(M, B)
+    total = sum(loss[m].sum() / 10 + lam[m] * adversarial[m].var() for m in range(M))
+    for ours, theirs in zip(found, torch.autograd.grad(total, list(net.parameters())), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+def test_loss_variance_equals_its_coefficient_form():
+    net, x, y, batch = problem()
+    batch = Batch(batch.index, batch.valid, float(B), 0, 100, batch.noise)
+    own, lam, flat = by_hand(net, x, y, batch), 0.3, batch.index.flatten()
+    losses = Natural()(net, x[flat], y[flat], flat, rng=None).loss.detach().view(M, B)
+    factor = 1 + 2 * lam * B / (B - 1) * (losses - losses.mean(1, keepdim=True))
+    assert torch.allclose(update(LossVariance(lam), net, x, y, batch), (own * factor[..., None]).mean(1), atol=1e-9)
 
 
 EVERYBODY = torch.ones(100, dtype=torch.bool)
@@ -176,12 +230,21 @@ SETTING = {"sampling_rate": 0.05, "steps": 100, "delta": 1e-5, "n": 100}
 def test_promises_and_their_conditions():
     some = torch.arange(100) < 10
     text = str(SelectiveDP(1.0, 1.0, some).guarantee(**SETTING))
-    assert "the 10 protected of 100" in text and "given the set; end to end: none" in text and "none for the other" in text
+    for part in ("the 10 protected of 100", "given the set; end to end: none", "none for the other"):
+        assert part in text
     assert "not accounted: learning rates" in text
     assert "end to end" not in str(SelectiveDP(1.0, 1.0, some, selection="public").guarantee(**SETTING))
     everybody = DPSGD(1.0).guarantee(**SETTING)
     assert everybody.holds and "all samples" in str(everybody) and everybody.protected == 100
     assert everybody.budget == SelectiveDP(1.0, 1.0, some).guarantee(**SETTING).budget
+
+
+def test_each_model_is_promised_by_its_own_settings():
+    mechanism = SelectiveDP((0.0, 1.0, 4.0), 1.0, torch.arange(100) < torch.tensor([[10], [20], [0]]))
+    first, second, third = (mechanism.guarantee(**SETTING, model=m) for m in range(3))
+    assert not first.holds and "no noise" in str(first) and not third.holds and "nobody" in str(third)
+    assert second.protected == 20 and second.budget == DPSGD(1.0).guarantee(**SETTING).budget
+    assert DPSGD((1.0, 4.0)).guarantee(**SETTING, model=1).budget.epsilon < second.budget.epsilon
 
 
 @pytest.mark.parametrize(("mechanism", "setting", "why"), [
@@ -198,7 +261,9 @@ def test_no_guarantee_is_said_with_its_reason(mechanism, setting, why):
 @pytest.mark.parametrize(("make", "words"), [
     (lambda: SelectiveDP(-1.0), "noise_multiplier"), (lambda: SelectiveDP(float("inf")), "noise_multiplier"),
     (lambda: SelectiveDP(float("nan")), "noise_multiplier"), (lambda: SelectiveDP((1.0, -1.0)), "noise_multiplier"),
-    (lambda: SelectiveDP(1.0, 0.0), "max_grad_norm must be > 0"), (lambda: LossVariance(-0.1), "lam"),
+    (lambda: SelectiveDP(1.0, (1.0, 0.0)), "max_grad_norm"), (lambda: SelectiveDP(1.0, float("inf")), "max_grad_norm"),
+    (lambda: LossVariance(float("nan")), "lam"), (lambda: SelectiveDP(1.0, 0.0), "max_grad_norm must be > 0"),
+    (lambda: LossVariance(-0.1), "lam"),
     (lambda: DownWeight(torch.ones(3, dtype=torch.bool), -1.0), "weight"),
     (lambda: SelectiveDP(1.0, 1.0, torch.ones(7, dtype=torch.bool)).check(8), "one entry for each of the 8"),
     (lambda: Drop(torch.ones(8)).check(8), "bool"), (lambda: SelectiveDP(1.0, selection="guess"), "selection"),

@@ -64,3 +64,29 @@ def test_trades_without_beta_is_natural(task):
 def test_bad_beta(beta):
     with pytest.raises(ValueError, match="beta must be"):
         TRADES(PGD(0.1), beta=beta)
+
+
+EVERY = pytest.mark.parametrize("objective", [Natural(), PGDAT(PGD(0.1, 3)), TRADES(PGD(0.1, 3))],
+                                ids=lambda o: type(o).__name__)
+
+
+@EVERY
+def test_losses_are_never_reduced_and_models_do_not_touch(task, objective):
+    net, x, y, index = task
+    seen = objective(net, x, y, index, rng=rng())
+    assert seen.loss.shape == seen.adversarial_ce.shape == (12,) and seen.logits.shape == (12, 3)
+    assert torch.allclose(seen.adversarial_ce, F.cross_entropy(seen.logits, y, reduction="none"))
+    assert torch.equal(seen.y, y) and torch.equal(seen.index, index)
+    other = x.clone()
+    other[6:] = 1 - other[6:]
+    again = objective(net, other, y, index, rng=rng())
+    assert torch.allclose(again.loss[:6], seen.loss[:6]) and not torch.allclose(again.loss[6:], seen.loss[6:])
+    gradients = torch.autograd.grad(seen.loss[:6].sum(), list(net.parameters()))
+    assert all((g[1] == 0).all() and (g[0] != 0).any() for g in gradients)
+
+
+@EVERY
+def test_attack_starts_come_from_the_given_stream(task, objective):
+    net, x, y, index = task
+    first, same, other = (objective(net, x, y, index, rng=r).loss for r in (rng(), rng(), Streams((3, 4), "attack", 8)))
+    assert torch.equal(first, same) and torch.equal(first, other) == isinstance(objective, Natural)

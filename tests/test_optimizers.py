@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -31,7 +33,8 @@ FACTORS = [1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.1]
 def test_sgd_is_torchs_with_a_rate_for_each_model(decay, momentum):
     ours, _ = run_ours(SGD(lr=(0.1, 0.03), momentum=momentum, weight_decay=decay), GRADIENTS, [1.0] * 7)
     for m, lr in enumerate((0.1, 0.03)):
-        theirs = run_torch(lambda p, lr=lr: torch.optim.SGD(p, lr, momentum, weight_decay=decay), GRADIENTS, [1.0] * 7, m)
+        kind = partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=decay)
+        theirs = run_torch(kind, GRADIENTS, [1.0] * 7, m)
         assert torch.allclose(ours[m], theirs, atol=1e-12)
 
 
@@ -65,7 +68,17 @@ def test_schedules():
     assert [StepDecay((0.5, 0.75), 0.1)(t, 8) for t in (3, 4, 6)] == pytest.approx([1.0, 0.1, 0.01])
 
 
-@pytest.mark.parametrize("make", [lambda: SGD(lr=-1.0), lambda: SGD(lr=float("nan")), lambda: AdamW(weight_decay=-0.1)])
+@pytest.mark.parametrize("settings", [SGD(lr=(0.1, 0.0)), AdamW(lr=(0.01, 0.0))])
+def test_a_model_whose_rate_is_zero_stays_where_it_is(settings):
+    found, _ = run_ours(settings, GRADIENTS, FACTORS)
+    start = torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6)
+    assert torch.equal(found[1], start[1]) and not torch.equal(found[0], start[0])
+
+
+@pytest.mark.parametrize("make", [
+    lambda: SGD(lr=-1.0), lambda: SGD(lr=float("nan")), lambda: SGD(lr=(0.1, float("inf"))), lambda: SGD(momentum=1.0),
+    lambda: AdamW(weight_decay=-0.1),
+])
 def test_bad_settings(make):
     with pytest.raises(ValueError, match="must be"):
         make()

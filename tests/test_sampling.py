@@ -12,7 +12,7 @@ def draws(sampler, members, seeds, rate, steps):
     for step in range(steps):
         index, valid = draw(step)
         out.append([set(index[m][valid[m]].tolist()) for m in range(len(members))])
-        assert index.shape == valid.shape and (valid.sum(1) == torch.tensor([len(s) for s in out[-1]])).all()  # nobody twice
+        assert index.shape == valid.shape and valid.sum(1).tolist() == [len(s) for s in out[-1]]  # nobody twice
     return out
 
 
@@ -64,6 +64,36 @@ def test_shuffled_batches_cover_the_members_once_an_epoch():
             parts = [step[m] for step in epoch]
             assert sum(map(len, parts)) == 20 and set().union(*parts) == set(members[m].nonzero().flatten().tolist())
     assert found[0] != found[5]
+
+
+@pytest.mark.parametrize("count", [18, 22])
+def test_shuffled_batches_with_a_remainder(count):
+    members = torch.zeros(1, 40, dtype=torch.bool)
+    members[0, 3 : 3 + count] = True
+    steps = round(count / 4)  # rounded down: some members wait; rounded up: the last batch is not full
+    draw = Shuffled(4).start(members, (0,), 0.1, steps)
+    for epoch in range(6):
+        batches = [draw(step) for step in range(epoch * steps, (epoch + 1) * steps)]
+        drawn = torch.cat([index[0][valid[0]] for index, valid in batches]).tolist()
+        assert len(drawn) == len(set(drawn)) == min(count, 4 * steps) and members[0, drawn].all()
+
+
+@pytest.mark.parametrize("kind", [Poisson, Shuffled])
+def test_any_step_can_be_drawn_again_in_any_order(kind):
+    members = member_masks(40, 2, seed=0)
+    draw, again = (kind(5).start(members, (1, 2), 0.25, 4) for _ in range(2))
+    seen = [draw(step) for step in range(10)]
+    for step in (7, 2, 9, 0):
+        assert all(torch.equal(a, b) for a, b in zip(again(step), seen[step], strict=True))
+
+
+def test_models_and_steps_draw_unrelated_batches():
+    draw, rows = Poisson(5).start(torch.ones(2, 2000, dtype=torch.bool), (1, 2), 0.5, 5), []
+    for step in (0, 1):
+        index, valid = draw(step)
+        rows += [torch.zeros(2000).index_fill(0, index[m][valid[m]], 1.0) for m in range(2)]
+    correlation = torch.corrcoef(torch.stack(rows)) - torch.eye(4)
+    assert correlation.abs().max() < 5 / 2000**0.5
 
 
 @pytest.mark.parametrize("kind", [Poisson, Shuffled])

@@ -1,4 +1,4 @@
-"""Training: many at once is one by one, interrupted is uninterrupted, and bad input stops before anything is trained."""
+"""Training: many at once is one by one, interrupted is uninterrupted, bad input stops before anything is trained."""
 
 from dataclasses import replace
 
@@ -20,8 +20,8 @@ from demem_lab.training import Recipe, outputs, train
 
 
 def recipe(**changes):
-    chosen = Recipe(model=MLP((6,)), objective=PGDAT(PGD(0.1, 2)), optimizer=SGD(lr=0.1), sampler=Poisson(4), epochs=20 / 3)
-    return replace(chosen, **changes)
+    usual = {"model": MLP((6,)), "objective": PGDAT(PGD(0.1, 2)), "optimizer": SGD(lr=0.1), "sampler": Poisson(4)}
+    return Recipe(**{**usual, "epochs": 20 / 3, **changes})
 
 
 MEMBERS, SEEDS = member_masks(24, 4, seed=0), model_seeds(0, 4)
@@ -100,6 +100,37 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny, store, monkeypatch, stop_
     assert {e["kind"] for e in store.entries()} == {"ensemble"}  # checkpoints are cleared away
 
 
+RESUMED = {
+    "adamw, shuffled": (recipe(optimizer=AdamW(lr=(0.01, 0.02, 0.01, 0.02)), sampler=Shuffled(4)), {}),
+    "momentum, noise": (recipe(mechanism=SelectiveDP(1.0, 0.5, torch.arange(24) < 9)), {"trace": True}),
+    "batch norm": (Recipe(model=ResNet18(width=4, norm="batch"), sampler=Shuffled(4), epochs=2), {}),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_run_that_could_save_nothing_goes_on_from_its_checkpoint(tiny, store, monkeypatch, name, error):
+    chosen, setting = RESUMED[name][0], {"seeds": SEEDS, "chunk": 4, **RESUMED[name][1]}
+    whole = train(tiny, MEMBERS, chosen, **setting)
+    monkeypatch.setenv("DEMEM_WORKERS", "1")
+    kind = type(chosen.optimizer.start([torch.zeros(4, 1)]))
+    real, calls = kind.apply, []
+
+    def fails_at_4(self, *arguments):
+        calls.append(1)
+        real(self, *arguments)
+        if len(calls) == 5:
+            raise error("planted")  # the weights have moved, the step is not over: this state must not be kept
+
+    monkeypatch.setattr(kind, "apply", fails_at_4)
+    with pytest.raises(error, match="planted"):
+        train(tiny, MEMBERS, chosen, **setting, store=store, checkpoint_seconds=0)
+    assert {e["kind"] for e in store.entries()} == {"checkpoint"}
+    resumed = train(tiny, MEMBERS, chosen, **setting, store=store)
+    assert len(calls) == whole.steps + 1  # the step that failed is done again, none before it
+    assert distance(whole, resumed) == 0.0 and np.array_equal(whole.losses, resumed.losses)
+
+
 def test_interrupting_one_worker_saves_the_others(tiny, store, monkeypatch):
     monkeypatch.setenv("DEMEM_WORKERS", "2")
     real, armed = training._State.advance, [True]
@@ -138,7 +169,8 @@ def test_other_settings_are_other_results(tiny, store):
 
 
 def test_nobody_protected_trains_like_plain_and_everybody_like_dpsgd(tiny):
-    for flags, same in ((torch.zeros(24, dtype=torch.bool), Plain()), (torch.ones(24, dtype=torch.bool), DPSGD(1.0, 0.5))):
+    everybody = torch.ones(24, dtype=torch.bool)
+    for flags, same in ((~everybody, Plain()), (everybody, DPSGD(1.0, 0.5))):
         a, b = (train(tiny, MEMBERS, recipe(mechanism=m), seeds=SEEDS, dtype=torch.float64, chunk=4)
                 for m in (SelectiveDP(1.0, 0.5, flags), same))
         assert distance(a, b) < 1e-9
@@ -153,6 +185,37 @@ def test_outputs_are_each_models_own_answers(tiny):
         net = ensemble.network([m])
         assert np.allclose(clean[m], net(tiny.x).detach(), atol=1e-5)
         assert np.allclose(moved[m], net(attack(net, tiny.x, tiny.y)).detach(), atol=1e-4)
+
+
+def test_random_starts_of_a_query_belong_to_the_model(tiny, monkeypatch):
+    ensemble, attack, found = train(tiny, MEMBERS, recipe(), seeds=SEEDS), PGD(0.1, 2), []
+    for workers in ("1", "2", "4"):
+        monkeypatch.setenv("DEMEM_WORKERS", workers)
+        found.append(outputs(ensemble, tiny, attack=attack))
+    assert np.allclose(found[0], found[1], atol=1e-4) and np.allclose(found[0], found[2], atol=1e-4)
+    assert not np.allclose(found[0], outputs(ensemble, tiny, attack=replace(attack, random_start=False)), atol=1e-3)
+
+
+def test_queries_attack_every_sample_at_full_strength(tiny):
+    ensemble = train(tiny, MEMBERS[:1], recipe(), seeds=SEEDS[:1])
+    pgd = PGD(0.1, 5, random_start=False)
+    clean, moved = (torch.from_numpy(outputs(ensemble, tiny, attack=attack)[0]) for attack in (None, pgd))
+    before, after = (torch.nn.functional.cross_entropy(z, tiny.y, reduction="none") for z in (clean, moved))
+    fooled = clean.argmax(1) != tiny.y
+    assert fooled.any() and (after > before + 1e-3)[fooled].all()
+
+
+def test_losses_are_the_mean_of_the_trace(tiny):
+    ensemble = train(tiny, MEMBERS, recipe(sampler=Shuffled(4), epochs=4), seeds=SEEDS, trace=True)
+    assert np.allclose(np.nanmean(ensemble.trace, 2), ensemble.losses, atol=1e-5)
+
+
+def test_divisor_steps_and_rate_do_not_depend_on_the_draw(tiny, monkeypatch):
+    seen, real = [], Plain.update
+    monkeypatch.setattr(Plain, "update", lambda *given: (seen.append(given[-1]), real(*given))[1])
+    ensemble = train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4)
+    assert [b.step for b in seen] == list(range(20)) and {(b.divisor, b.total_steps) for b in seen} == {(4.0, 20)}
+    assert len({tuple(b.valid.sum(1).tolist()) for b in seen}) > 5 and ensemble.sampling_rate == pytest.approx(4 / 12)
 
 
 def test_the_trace_is_missing_exactly_where_a_sample_was_not_drawn(tiny):
@@ -190,14 +253,15 @@ def test_batch_norm_trains_without_a_guarantee(digits):
 
 def test_progress_can_be_shown(tiny, capsys):
     train(tiny, MEMBERS, recipe(), seeds=SEEDS, progress=True, label="watch me")
-    assert "watch me" in capsys.readouterr().err
+    assert "watch me" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"members": MEMBERS[:, :20]}, "membership mask must have shape"), ({"members": MEMBERS.float()}, "must be bool"),
-    ({"members": MEMBERS & False}, "have none"), ({"seeds": SEEDS[:3]}, "4 seeds, got 3"),
+    ({"members": MEMBERS & False}, "have none"), ({"members": MEMBERS[:0], "seeds": ()}, "at least one"),
+    ({"seeds": SEEDS[:3]}, "4 seeds, got 3"),
     ({"recipe": recipe(sampler=Poisson(50))}, "batch_size.*50.*12 members"),
-    ({"recipe": recipe(mechanism=SelectiveDP(1.0, 1.0, torch.ones(23, dtype=torch.bool)))}, "one entry for each of the 24"),
+    ({"recipe": recipe(mechanism=SelectiveDP(1.0, 1.0, torch.arange(23) < 9))}, "one entry for each of the 24"),
     ({"recipe": recipe(mechanism=SelectiveDP((1.0, 2.0)))}, "2 entries for 4 models"),
     ({"recipe": recipe(optimizer=SGD(lr=(0.1, 0.2)))}, "2 entries for 4 models"),
     ({"recipe": recipe(model=ResNet18(norm="batch"))}, "Poisson"), ({"chunk": 0}, "chunk"),

@@ -15,7 +15,7 @@ def test_finite_and_integer_return_the_number():
     assert validate.finite("a", "2.5", low=0, high=3) == 2.5 and validate.integer("b", 3.0) == 3
 
 
-@pytest.mark.parametrize("value", [10**400, -(10**400)])
+@pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["huge", "minus huge"])
 def test_numbers_beyond_floating_point_are_refused_like_the_rest(value):
     with pytest.raises(ValueError, match="noise must be"):
         validate.finite("noise", value, low=0)

@@ -1,0 +1,83 @@
+"""Epsilon against Opacus, against the closed form of the plain Gaussian mechanism, and against common sense."""
+
+import numpy as np
+import pytest
+from opacus.accountants import PRVAccountant
+from opacus.accountants.analysis import rdp
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from demem_lab.accounting import Budget, NoGuarantee, budget, epsilon_curve, noise_multiplier_for
+
+SETTINGS = [(1.0, 0.07, 420, 1e-4), (1.1, 0.01, 1000, 1e-5), (3.0, 0.07, 420, 1e-4)]
+
+
+@pytest.mark.parametrize(("sigma", "rate", "steps", "delta"), SETTINGS)
+def test_rdp_agrees_with_opacus(sigma, rate, steps, delta):
+    orders = [1 + x / 10 for x in range(1, 100)] + list(range(11, 256))
+    spent = rdp.compute_rdp(q=rate, noise_multiplier=sigma, steps=steps, orders=orders)
+    theirs, _ = rdp.get_privacy_spent(orders=orders, rdp=spent, delta=delta)
+    ours = budget(noise_multiplier=sigma, sampling_rate=rate, steps=steps, delta=delta, accountant="RDP").epsilon
+    assert ours == pytest.approx(theirs, rel=0.02)
+
+
+@pytest.mark.parametrize(("sigma", "rate", "steps", "delta"), SETTINGS[:2])
+def test_pld_agrees_with_opacus_numerical_accountant(sigma, rate, steps, delta):
+    theirs = PRVAccountant()
+    theirs.history = [(sigma, rate, steps)]
+    ours = budget(noise_multiplier=sigma, sampling_rate=rate, steps=steps, delta=delta)
+    assert ours.accountant == "PLD" and ours.epsilon == pytest.approx(theirs.get_epsilon(delta), rel=0.02)
+
+
+@pytest.mark.parametrize(("sigma", "steps"), [(2.0, 1), (4.0, 10), (10.0, 50)])
+def test_without_sampling_it_is_the_analytic_gaussian(sigma, steps):
+    mu, delta = np.sqrt(steps) / sigma, 1e-5  # Balle & Wang 2018, theorem 8
+
+    def excess(epsilon):
+        return norm.cdf(mu / 2 - epsilon / mu) - np.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu) - delta
+
+    exact = brentq(excess, 0, 100)
+    found = budget(noise_multiplier=sigma, sampling_rate=1.0, steps=steps, delta=delta)
+    assert exact - 1e-6 <= found.epsilon <= exact * 1.01 + 1e-3
+
+
+def test_more_steps_cost_more_and_more_noise_costs_less():
+    spent = [budget(noise_multiplier=1.0, sampling_rate=0.05, steps=s, delta=1e-5).epsilon for s in (10, 100, 400)]
+    assert spent == sorted(spent)
+    curve = epsilon_curve([0.6, 1, 2, 4], sampling_rate=0.05, steps=100, delta=1e-5)
+    assert [b.epsilon for b in curve] == sorted((b.epsilon for b in curve), reverse=True)
+    tight, loose = (budget(noise_multiplier=1.0, sampling_rate=0.05, steps=100, delta=1e-5, accountant=a) for a in ("PLD", "RDP"))
+    assert tight.epsilon < loose.epsilon and "looser" in str(loose) and "looser" not in str(tight)
+
+
+def test_no_guarantee_is_a_value_with_a_reason():
+    none = budget(noise_multiplier=0.0, sampling_rate=0.1, steps=5, delta=1e-5)
+    assert isinstance(none, NoGuarantee) and str(none) == "no guarantee: no noise is added" and not hasattr(none, "epsilon")
+    weak = budget(noise_multiplier=0.05, sampling_rate=0.1, steps=50, delta=1e-5)
+    assert isinstance(weak, NoGuarantee) or np.isfinite(weak.epsilon)
+    assert budget(noise_multiplier=1.0, sampling_rate=0.1, steps=0, delta=1e-5).epsilon == 0
+
+
+def test_noise_for_a_wanted_epsilon_is_just_enough():
+    setting = {"sampling_rate": 0.2, "steps": 20, "delta": 1e-5}
+    sigma = noise_multiplier_for(epsilon=3.0, **setting)
+    enough, less = (budget(noise_multiplier=s, **setting) for s in (sigma, sigma - 0.01))
+    assert isinstance(enough, Budget) and enough.epsilon <= 3.0 < less.epsilon
+
+
+GOOD = {"noise_multiplier": 1.0, "sampling_rate": 0.1, "steps": 5, "delta": 1e-5}
+
+
+@pytest.mark.parametrize("change", [
+    {"noise_multiplier": -1.0}, {"noise_multiplier": float("inf")}, {"noise_multiplier": float("nan")}, {"sampling_rate": 0.0},
+    {"sampling_rate": 1.1}, {"steps": -1}, {"steps": 1.5}, {"delta": 0.0}, {"delta": 1.0}, {"accountant": "GDP"},
+])
+def test_bad_input(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        budget(**GOOD | change)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 60.0, float("nan")])
+def test_bad_epsilon(epsilon):
+    with pytest.raises(ValueError, match="epsilon"):
+        noise_multiplier_for(epsilon=epsilon, sampling_rate=0.1, steps=5, delta=1e-5)

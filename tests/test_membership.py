@@ -1,0 +1,226 @@
+"""Attacks against slow loops, measures against scikit-learn and scipy, and the game itself on signals that carry nothing."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from demem_lab import membership as mi
+from demem_lab.data import member_masks
+
+
+def game(models=8, n=60, strength=1.0, seed=0, design="balanced"):
+    rng = np.random.default_rng(seed)
+    member = member_masks(n, models, seed=seed, design=design).numpy()
+    hardness = rng.normal(0, 3, n)
+    return hardness + strength * member + rng.normal(0, 1, member.shape), member
+
+
+def slow_lira(signal, member, variance, online):
+    models, n = member.shape
+    out = np.zeros((models, n))
+    for t in range(models):
+        keep = [m for m in range(models) if m != t and not (member[m] == ~member[t]).all()]
+        sides = {}
+        for name, who in (("in", member), ("out", ~member)):
+            squares, free = 0.0, 0
+            for i in range(n):
+                r = np.array([signal[m, i] for m in keep if who[m, i]])
+                squares, free = squares + ((r - r.mean()) ** 2).sum(), free + len(r) - 1
+            sides[name] = squares / free
+        for i in range(n):
+            term = {}
+            for name, who in (("in", member), ("out", ~member)):
+                r = np.array([signal[m, i] for m in keep if who[m, i]])
+                own = ((r - r.mean()) ** 2).sum()
+                v = {"per_sample": own / len(r), "pooled": sides[name],
+                     "shrunk": (own + 8 * sides[name]) / (len(r) - 1 + 8)}[variance]
+                term[name] = (r.mean(), np.sqrt(v))
+            x = signal[t, i]
+            if online:
+                out[t, i] = stats.norm.logpdf(x, *term["in"]) - stats.norm.logpdf(x, *term["out"])
+            else:
+                out[t, i] = (x - term["out"][0]) / term["out"][1]
+    return out
+
+
+@pytest.mark.parametrize("variance", ["per_sample", "pooled", "shrunk"])
+@pytest.mark.parametrize("online", [True, False])
+def test_lira_equals_the_loops(variance, online):
+    signal, member = game(models=10, n=30)
+    assert np.allclose(mi.lira(signal, member, variance=variance, online=online), slow_lira(signal, member, variance, online))
+
+
+def test_several_queries_add_their_log_ratios():
+    a, member = game(seed=1)
+    b, _ = game(seed=1, strength=2.0)
+    assert np.allclose(mi.lira(np.stack([a, b]), member), mi.lira(a, member) + mi.lira(b, member))
+
+
+def slow_rmia(p, member, gamma, population, offline_a=None):
+    models, n = p.shape
+    out = np.zeros((models, n))
+    for t in range(models):
+        keep = [m for m in range(models) if m != t and not (member[m] == ~member[t]).all()]
+        ratio = np.zeros(n)
+        for i in range(n):
+            p_out = np.mean([p[m, i] for m in keep if not member[m, i]])
+            if offline_a is None:
+                mean = (np.mean([p[m, i] for m in keep if member[m, i]]) + p_out) / 2
+            else:
+                mean = ((1 + offline_a) * p_out + 1 - offline_a) / 2
+            ratio[i] = p[t, i] / mean
+        for i in range(n):
+            out[t, i] = np.mean([ratio[i] / ratio[z] >= gamma for z in range(n) if population[z]])
+    return out
+
+
+@pytest.mark.parametrize(("gamma", "offline_a"), [(1.0, None), (2.0, None), (1.0, 0.3)])
+def test_rmia_equals_all_pairs(gamma, offline_a):
+    signal, member = game(models=6, n=25)
+    p = 1 / (1 + np.exp(-signal))
+    population = np.arange(25) % 3 > 0
+    fast = mi.rmia(p, member, gamma=gamma, population=population, offline_a=offline_a)
+    assert np.allclose(fast, slow_rmia(p, member, gamma, population, offline_a))
+
+
+def test_rmia_without_a_population_orders_alike():
+    signal, member = game(models=6, n=40)
+    p = 1 / (1 + np.exp(-signal))
+    plain, counted = mi.rmia(p, member), mi.rmia(p, member, population=np.ones(40, dtype=bool))
+    assert all(stats.spearmanr(a, b).statistic > 0.999 for a, b in zip(plain, counted, strict=True))
+
+
+ATTACKS = {
+    "online shrunk": lambda s, m: mi.lira(s, m), "online pooled": lambda s, m: mi.lira(s, m, variance="pooled"),
+    "offline shrunk": lambda s, m: mi.lira(s, m, online=False), "signal": lambda s, m: s,
+    "rmia": lambda s, m: mi.rmia(1 / (1 + np.exp(-s)), m),
+    "offline rmia": lambda s, m: mi.rmia(1 / (1 + np.exp(-s)), m, offline_a=0.5),
+}
+
+
+@pytest.mark.parametrize("models", [4, 6, 8, 16])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_signals_that_know_nothing_give_nothing(models, name):
+    auc, found = [], []
+    for seed in range(12):
+        signal, member = game(models, 400, strength=0.0, seed=seed)
+        leakage = mi.evaluate(ATTACKS[name](signal, member), member, fprs=(0.1,))
+        auc.append(leakage.auc.mean())
+        found.append(leakage.tpr[:, 0].mean())
+    for values, truth in ((auc, 0.5), (found, 0.1)):
+        error = np.std(values, ddof=1) / np.sqrt(12)
+        assert abs(np.mean(values) - truth) < 5 * error + 1e-3
+
+
+@pytest.mark.parametrize("models", [8, 16])
+def test_per_sample_variance_knows_nothing_either(models):
+    auc = []
+    for seed in range(12):
+        signal, member = game(models, 400, strength=0.0, seed=seed)
+        auc.append(mi.evaluate(mi.lira(signal, member, variance="per_sample"), member).auc.mean())
+    assert abs(np.mean(auc) - 0.5) < 5 * np.std(auc, ddof=1) / np.sqrt(12) + 1e-3
+
+
+def test_keeping_the_twin_would_bias_the_attack():
+    auc = []
+    for seed in range(12):
+        signal, member = game(4, 400, strength=0.0, seed=seed)
+        auc.append(mi.evaluate(mi.lira(signal, member, variance="pooled", leave_twin_out=False), member).auc.mean())
+    assert abs(np.mean(auc) - 0.5) > 0.02
+
+
+def test_real_signals_are_found():
+    signal, member = game(16, 400, strength=2.0)
+    assert mi.evaluate(mi.lira(signal, member), member).auc.mean() > mi.evaluate(signal, member).auc.mean() + 0.1 > 0.6
+
+
+def test_twins():
+    member = member_masks(11, 6, seed=0).numpy()
+    assert mi.twins(member).tolist() == [1, 0, 3, 2, 5, 4]
+    assert mi.twins(member[[0, 2, 3]]).tolist() == [-1, 2, 1]
+
+
+@given(st.lists(st.floats(-30, 30), min_size=3, max_size=6), st.integers(0, 2))
+@settings(max_examples=60, deadline=None)
+def test_margin_is_the_log_odds(logits, label):
+    z, y = np.array(logits)[None, None], np.array([label])
+    p = np.exp(z[0, 0] - z[0, 0].max())
+    p /= p.sum()
+    rest = np.delete(p, label).sum()
+    assert mi.logit_margin(z, y)[0, 0] == pytest.approx(np.log(p[label]) - np.log(rest), abs=1e-7)
+    assert mi.confidence(z, y)[0, 0] == pytest.approx(p[label]) and mi.cross_entropy(z, y)[0, 0] >= 0
+
+
+def test_margin_is_exact_where_probabilities_round_to_0_and_1():
+    z = np.float32([[[800.0, 0.0, -5.0], [-900.0, 3.0, 3.0]]])
+    found = mi.logit_margin(z, np.array([0, 0]))
+    assert found[0] == pytest.approx([800 - np.log1p(np.exp(-5)), -903 - np.log(2)])
+    assert mi.confidence(z, np.array([0, 0]))[0].tolist() == [1.0, 0.0]
+    p = np.array([0.0, 0.2, 0.9, 1.0])
+    from_p = mi.margin_from_probability(p)
+    assert np.isfinite(from_p).all() and from_p[1:3] == pytest.approx(np.log(p[1:3] / (1 - p[1:3])))
+
+
+@pytest.mark.parametrize("digits", [None, 0])
+def test_evaluate_against_scikit_learn(digits):
+    signal, member = game(4, 150, seed=3)
+    scores = signal if digits is None else signal.round(digits)
+    fprs = (0.0, 0.05, 0.1, 0.5, 1.0)
+    found = mi.evaluate(scores, member, fprs=fprs)
+    for m in range(4):
+        assert found.auc[m] == pytest.approx(roc_auc_score(member[m], scores[m]))
+        fpr, tpr, _ = roc_curve(member[m], scores[m], drop_intermediate=False)
+        assert found.balanced_accuracy[m] == pytest.approx(((tpr + 1 - fpr) / 2).max())
+        for f, column in zip(fprs, found.tpr[m], strict=True):
+            assert column == pytest.approx(tpr[fpr <= f + 1e-12].max())
+    assert found.members.tolist() == member.sum(1).tolist() and found.non_members.tolist() == (~member).sum(1).tolist()
+
+
+def test_a_subset_is_judged_by_the_global_threshold():
+    scores, member = game(2, 300, seed=4)
+    subset = np.arange(300) < 40
+    found = mi.evaluate(scores, member, fprs=(0.1,), subset=subset)
+    for m in range(2):
+        negatives = np.sort(scores[m][~member[m]])[::-1]
+        threshold = negatives[int(0.1 * len(negatives))]
+        assert found.tpr[m, 0] == pytest.approx((scores[m][member[m] & subset] > threshold).mean())
+
+
+def test_rates_that_cannot_be_resolved_are_not_shown():
+    scores, member = game(4, 1000)
+    found = mi.evaluate(scores, member, fprs=(0.1, 0.01, 0.001))
+    assert found.resolved.tolist() == [True, True, False] and found.tpr_at(0.001) is None and found.tpr_at(0.01) is not None
+    assert found.to_frame()["TPR at 0.1% FPR"].isna().all()
+    grid, _ = mi.mean_roc(scores, member)
+    assert grid.min() == pytest.approx(5 / 500)
+    with pytest.raises(ValueError, match="fpr must be one of"):
+        found.tpr_at(0.5)
+
+
+def test_intervals_within_a_model_and_between_seeds():
+    scores, member = game(4, 1000)
+    found = mi.evaluate(scores, member, fprs=(0.1,))
+    within = found.interval(0.1, model=0)
+    k, n = round(within.mean * 500), 500
+    assert (within.low, within.high) == pytest.approx((stats.beta.ppf(0.025, k, n - k + 1), stats.beta.ppf(0.975, k + 1, n - k)))
+    values = [0.1, 0.13, 0.18]
+    between = mi.seed_interval(values)
+    assert (between.low, between.high) == pytest.approx(stats.t.interval(0.95, 2, np.mean(values), stats.sem(values)))
+    assert mi.seed_interval([0.5]).low is None
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda s, m: mi.lira(s[:, :5], m), "signal must be"), (lambda s, m: mi.lira(s * np.nan, m), "finite"),
+    (lambda s, m: mi.lira(s, m, variance="fixed"), "variance"), (lambda s, m: mi.lira(s[:2], m[:2]), "references"),
+    (lambda s, m: mi.lira(s[:4], m[:4], variance="per_sample"), "needs 2"), (lambda s, m: mi.rmia(s[:2], m[:2]), "out-reference"),
+    (lambda s, m: mi.rmia(s, m, gamma=-1.0), "gamma"), (lambda s, m: mi.rmia(s, m, population=np.zeros(60, dtype=bool)), "population"),
+    (lambda s, m: mi.evaluate(s * np.nan, m), "NaN"), (lambda s, m: mi.evaluate(s, m | True), "non-member"),
+    (lambda s, m: mi.evaluate(s, m, subset=np.zeros(60, dtype=bool)), "at least one member"),
+    (lambda s, m: mi.evaluate(s[0], m), r"\[M, N\]"), (lambda s, m: mi.mean_roc(s[:, :8], m[:, :8]), "cannot resolve"),
+])
+def test_bad_input(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(*game())

@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from demem_lab import risk
+
+RNG = np.random.default_rng(0)
+
+
+def test_memorization_and_its_error_by_loops():
+    member = RNG.random((9, 20)) < 0.5
+    member[:2], member[2:4] = True, False
+    p = RNG.random((9, 20))
+    found = risk.memorization(p, member)
+    for i in range(20):
+        a, b = p[member[:, i], i], p[~member[:, i], i]
+        assert found.score[i] == pytest.approx(a.mean() - b.mean())
+        assert found.standard_error[i] == pytest.approx(np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b)))
+        assert (found.in_models[i], found.out_models[i]) == (len(a), len(b))
+
+
+def test_the_standard_error_is_the_spread_over_repetitions():
+    member = np.repeat([[True], [False]], 8, axis=0).repeat(400, axis=1)
+    scores = [risk.memorization(RNG.beta(2, 3, member.shape), member) for _ in range(40)]
+    spread = np.std([s.score for s in scores], axis=0, ddof=1).mean()
+    assert np.mean([s.standard_error.mean() for s in scores]) == pytest.approx(spread, rel=0.05)
+
+
+def test_one_model_on_a_side_has_the_largest_error_there_is():
+    found = risk.memorization(np.array([[0.9], [0.2]]), np.array([[True], [False]]))
+    assert found.score[0] == pytest.approx(0.7) and found.standard_error[0] == pytest.approx(np.sqrt(0.5))
+
+
+scores = st.lists(st.floats(-1, 1).map(lambda v: round(v, 1)), min_size=2, max_size=30).map(np.array)
+
+
+@given(scores, st.floats(0, 1))
+def test_a_fraction_takes_that_many_of_the_riskiest(score, fraction):
+    chosen = risk.protected_set(score, fraction=fraction)
+    count = round(fraction * len(score))
+    assert chosen.mask.sum() == count and chosen.fraction == count / len(score)
+    if 0 < count < len(score):
+        assert score[chosen.mask].min() >= score[~chosen.mask].max() and chosen.risk_threshold == score[chosen.mask].min()
+        tied = np.flatnonzero(score == chosen.risk_threshold)
+        assert (np.diff(chosen.mask[tied].astype(int)) <= 0).all()  # the lower index goes first
+
+
+@given(scores, st.floats(-1.5, 1.5))
+def test_a_threshold_protects_at_or_above_it(score, threshold):
+    assert np.array_equal(risk.protected_set(score, risk_threshold=threshold).mask, score >= threshold)
+
+
+def test_nobody_and_everybody():
+    score = np.array([0.1, 0.5, 0.3])
+    for setting, size in (({"fraction": 0}, 0), ({"fraction": 1}, 3), ({"risk_threshold": np.inf}, 0), ({"risk_threshold": -np.inf}, 3)):
+        chosen = risk.protected_set(score, **setting)
+        assert chosen.mask.sum() == size and chosen.risk_threshold == (np.inf if size == 0 else -np.inf)
+
+
+def test_random_sets_are_uniform_and_of_the_right_size():
+    sets = np.stack([risk.random_set(30, 6, seed=s) for s in range(600)])
+    assert (sets.sum(1) == 6).all() and stats.chisquare(sets.sum(0)).pvalue > 1e-4
+
+
+def test_deciles_are_ordered_and_equal():
+    score = RNG.normal(size=103)
+    group = risk.deciles(score)
+    sizes = np.bincount(group)
+    assert sizes.max() - sizes.min() <= 1 and all(score[group == g].max() <= score[group == g + 1].min() for g in range(9))
+
+
+def test_trace_measures_by_loops():
+    trace = RNG.random((3, 8, 10))
+    trace[0, :, 4] = np.nan
+    trace[1, 2:5, 6] = np.nan
+    iqr, early = risk.loss_trace_iqr(trace), risk.early_loss(trace, epochs=3)
+    for i in range(10):
+        seen = [t[~np.isnan(t)] for t in trace[:, :, i] if (~np.isnan(t)).any()]
+        assert iqr[i] == pytest.approx(np.mean([np.subtract(*np.percentile(t, [75, 25])) for t in seen]))
+        assert early[i] == pytest.approx(np.nanmean(trace[:, :3, i]))
+    assert np.allclose(risk.loss_trace_iqr(trace[2]), risk.loss_trace_iqr(trace[2:3]))
+
+
+def test_rank_correlation_interval_covers():
+    rho, hits = 0.6, 0
+    truth = 6 / np.pi * np.arcsin(rho / 2)  # Spearman's for two normals
+    for _ in range(200):
+        a = RNG.normal(size=200)
+        b = rho * a + np.sqrt(1 - rho**2) * RNG.normal(size=200)
+        found = risk.rank_correlation(a, b)
+        assert found.mean == pytest.approx(stats.spearmanr(a, b).statistic)
+        hits += found.low < truth < found.high
+    assert 180 <= hits <= 200
+
+
+def test_precision_at_the_top():
+    score = np.arange(100.0)
+    proxy = score.copy()
+    proxy[[95, 96]] = -1
+    found = risk.precision_at_top(proxy, score, fraction=0.1)
+    assert found.mean == 0.8 and found.n == 10
+    assert (found.low, found.high) == pytest.approx((stats.beta.ppf(0.025, 8, 3), stats.beta.ppf(0.975, 9, 2)))
+
+
+ONE = np.ones((2, 3), dtype=bool)
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda: risk.memorization(np.ones((2, 3)), ONE), "one without"), (lambda: risk.memorization(np.ones((2, 4)), ONE), r"\[M, N\]"),
+    (lambda: risk.memorization(np.full((2, 3), np.nan), ONE), "NaN"),
+    (lambda: risk.protected_set(np.array([1.0, np.nan]), fraction=0.5), "without NaN"),
+    (lambda: risk.protected_set(np.ones(3), risk_threshold=float("nan")), "must not be NaN"),
+    (lambda: risk.protected_set(np.ones(3)), "exactly one"), (lambda: risk.protected_set(np.ones(3), fraction=1.1), "fraction"),
+    (lambda: risk.protected_set(np.ones(3), fraction=0.5, risk_threshold=0.5), "exactly one"),
+    (lambda: risk.random_set(3, 4, seed=0), "count"), (lambda: risk.early_loss(np.ones((4, 3)), epochs=5), "epochs"),
+    (lambda: risk.loss_trace_iqr(np.full((4, 3), np.nan)), "never drawn"),
+    (lambda: risk.early_loss(np.where(np.arange(12).reshape(4, 3) < 3, np.nan, 1.0), epochs=1), "not drawn"),
+])
+def test_bad_input(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
