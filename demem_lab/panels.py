@@ -261,5 +261,7 @@ def _table(point: Mapping) -> str:
         + "".join(f"<td style='padding:0 1em;text-align:right'>{show(c) if c else ''}</td>" for c in columns) + "</tr>"
         for label, *columns in rows
     )
-    head = "<tr><th></th><th scope='col'>everybody</th><th scope='col'>high risk*</th><th scope='col'>the rest*</th></tr>"
+    head = "<tr><th></th>" + "".join(
+        f"<th scope='col' style='padding:0 1em'>{name}</th>" for name in ("everybody", "high risk*", "the rest*")
+    ) + "</tr>"
     return f"<table>{head}{body}</table><small>* robust accuracy by group is that of members</small>"

@@ -78,7 +78,8 @@ def plane_view(plane: Plane, chosen: Mapping, images: np.ndarray, *, title: str 
     `chosen` is the row of `plane.points` to mark. Empty `images` show an empty frame.
     """
     figure = make_subplots(
-        rows=2, cols=2, row_heights=[0.74, 0.26], specs=[[{}, {}], [{"colspan": 2}, None]], vertical_spacing=0.16, horizontal_spacing=0.14,
+        rows=2, cols=2, row_heights=[0.74, 0.26], specs=[[{}, {}], [{"colspan": 2}, None]],
+        vertical_spacing=0.16, horizontal_spacing=0.14,
         subplot_titles=("leakage: members found, %", "every trained point",
                         "who is protected: lowest risk first … highest last"),
     )
@@ -114,7 +115,7 @@ def plane_view(plane: Plane, chosen: Mapping, images: np.ndarray, *, title: str 
     figure.update_xaxes(title="robust accuracy, % (more is better)", row=1, col=2)
     figure.update_yaxes(title="leakage, %", rangemode="tozero", row=1, col=2)
     figure.update_xaxes(visible=False, row=2, col=1)
-    figure.update_yaxes(visible=False, autorange="reversed", scaleanchor="x3", constrain="domain", row=2, col=1)
+    figure.update_yaxes(visible=False, autorange="reversed", scaleanchor="x3", row=2, col=1)
     return styled(figure, title=title, height=640)
 
 

@@ -49,6 +49,12 @@ def fgsm_backward_in_place(net, x, y, eps):
     return (x + eps * x.grad.sign()).clamp(0, 1)
 
 
+def fgsm_sign_by_division(net, x, y, eps):
+    z = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(net(z), y), z)
+    return (x + eps * slope / slope.abs()).clamp(0, 1)
+
+
 def fgsm_own_label(net, x, y, eps):
     return fgsm(net, x, net(x).argmax(-1), eps)
 
@@ -159,7 +165,7 @@ def top_by_quantile(score, fraction):
 
 def top_last_entries(score, fraction):
     mask = np.zeros(len(score), dtype=bool)
-    mask[np.argsort(score, kind="stable")[-round(fraction * len(score)) :]] = True
+    mask[np.argsort(-score, kind="stable")[::-1][-round(fraction * len(score)) :]] = True
     return mask
 
 
@@ -217,6 +223,10 @@ def noisy(total=lambda c: c.sum(0), std=lambda s, C, n: s * C, draw=None, size=l
         return (total(clipped) + scale * standard) / size(clipped, expected_batch_size)
 
     return f
+
+
+def nan_for_nobody(clipped, noise_multiplier, *settings):
+    return noisy_mean(clipped, noise_multiplier, *settings) + (torch.nan if noise_multiplier and not len(clipped) else 0)
 
 
 def laplace(c, rng):
@@ -289,6 +299,7 @@ EXERCISES = {
         "wrong sign of the gradient": (lambda *a: fgsm(*a, sign=-1), "DOWN"),
         "no clamp": (lambda *a: fgsm(*a, clamp=False), "clamp"),
         "gradient without sign": (lambda *a: fgsm(*a, slope_sign=False), "SIGN"),
+        "0 / 0 where the gradient vanishes": (fgsm_sign_by_division, "SIGN"),
         "the model's own label": (fgsm_own_label, "labels y"),
         "only those still right": (fgsm_leaves_the_fooled, None),
         "not moved": (lambda net, x, y, eps: x, None),
@@ -354,6 +365,7 @@ EXERCISES = {
     }),
     "noisy_mean": (checks.check_noisy_mean, [noisy_mean, noisy_mean_normal], {
         "divides by the drawn size": (noisy(size=lambda c, n: max(len(c), 1)), "EXPECTED"),
+        "divides by the larger size": (noisy(size=lambda c, n: max(len(c), n)), "EXPECTED"),
         "noise per sample": (noisy(draw=lambda c, rng: noise_like(c, 1.0, rng, c.shape).sum(0)), "once"),
         "noise on the mean": (noisy(std=lambda s, C, n: s * C * n), "SUM"),
         "divides the noise twice": (noisy(std=lambda s, C, n: s * C / n), None),
@@ -363,7 +375,7 @@ EXERCISES = {
         "noise only when drawn": (noisy(only_if=len), "EVERY"),
         "no noise": (noisy(std=lambda *a: 0.0), "EVERY"),
         "mean of nobody": (noisy(total=lambda c: c.mean(0) * len(c)), None),
-        "mean of nobody, with noise only": (lambda c, s, *a: noisy_mean(c, s, *a) + (torch.nan if s and not len(c) else 0), None),
+        "NaN with noise for nobody": (nan_for_nobody, "on the sum"),
         "one number for all parameters": (noisy(draw=lambda c, rng: torch.randn(1, generator=rng)), None),
         "uniform noise": (noisy(draw=lambda c, rng: torch.rand(c.shape[1], generator=rng)), None),
         "Laplace noise": (noisy(draw=laplace), "randn"),
@@ -380,6 +392,7 @@ EXERCISES = {
         "the rest clipped": (selecting(who=lambda p: ~p), None),
         "the rest dropped": (selecting(rest=0.0), "unprotected"),
         "noise only when one is drawn": (selecting(only_if=lambda p: p.any()), "EVERY"),
+        "no noise when only others are drawn": (selecting(only_if=lambda p: p.any() or not len(p)), "EVERY"),
         "noise only when somebody is drawn": (selecting(only_if=len), "EVERY"),
         "noise per protected": (selecting(count=lambda p: p.sum() ** 0.5), None),
         "noise for the protected share": (selecting(count=lambda p: p.double().mean() if len(p) else 1.0), None),
@@ -400,7 +413,7 @@ EXERCISES = {
     }),
 }
 RIGHT = [pytest.param(name, f, id=f"{name}-{i}") for name, (_, right, _) in EXERCISES.items() for i, f in enumerate(right)]
-WRONG = [pytest.param(name, *case, id=f"{name}-{slip}") for name, (*_, wrong) in EXERCISES.items() for slip, case in wrong.items()]
+WRONG = [pytest.param(name, *case, id=f"{name}-{slip}") for name, (*_, bad) in EXERCISES.items() for slip, case in bad.items()]
 ALL = pytest.mark.parametrize("name", EXERCISES)
 
 

@@ -1,0 +1,77 @@
+"""Figures show the numbers they were given, and nothing else."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import plotly.io as pio
+import pytest
+
+from demem_lab import plots
+from demem_lab.audit import AuditReport
+from demem_lab.membership import Interval
+
+
+@pytest.fixture
+def report():
+    rng = np.random.default_rng(0)
+    rows = [(arm, seed, group, metric, rng.random()) for arm in ("none", "other") for seed in (0, 1, 2)
+            for group in ("all", "top") for metric in ("robust", "leak", "member robust")]
+    return AuditReport(pd.DataFrame(rows, columns=["arm", "seed", "group", "metric", "value"]), 0.01, {})
+
+
+def test_roc_curves_are_on_log_axes_with_the_diagonal():
+    fpr, tpr = np.array([0.0, 0.01, 0.1, 1.0]), np.array([0.0, 0.2, 0.5, 1.0])
+    figure = plots.roc_curves({"attack": (fpr, tpr)})
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+    assert list(figure.data[0].x) == list(figure.data[0].y) and list(figure.data[1].x) == fpr.tolist()
+    assert list(figure.data[1].y[1:]) == tpr[1:].tolist()
+
+
+def test_forest_draws_means_and_both_sides_of_the_interval():
+    figure = plots.forest({"a": Interval(0.5, 0.3, 0.9, 3), "b": Interval(0.1, None, None, 1)}, reference=0.2)
+    trace = figure.data[0]
+    assert list(trace.x) == [50, 10] and list(trace.y) == ["a", "b"]
+    assert list(trace.error_x.array) == pytest.approx([40, 0]) and list(trace.error_x.arrayminus) == pytest.approx([20, 0])
+    assert figure.layout.shapes[0].x0 == 20
+
+
+def test_arms_groups_and_frontier_show_the_reports_means(report):
+    figure = plots.arms(report, ["robust", "leak"])
+    assert list(figure.data[1].x) == [100 * report.mean(a, "leak") for a in report.arms]
+    bars = plots.by_group(report, "leak", ["all", "top"])
+    assert list(bars.data[1].y) == [100 * report.mean("other", "leak", g) for g in ("all", "top")]
+    points = plots.frontier(report, y_group="top")
+    for trace, arm in zip(points.data, report.arms, strict=True):
+        assert (trace.x[0], trace.y[0]) == (100 * report.mean(arm, "robust"), 100 * report.mean(arm, "leak", "top"))
+        half = report.interval(arm, "leak", "top")
+        assert trace.error_y.array[0] == pytest.approx(100 * (half.high - half.mean))
+
+
+def test_histogram_counts_everybody_once():
+    values = np.random.default_rng(1).normal(size=500)
+    assert sum(plots.histogram(values, threshold=1.0).data[0].y) == 500
+
+
+def test_scatter_separates_the_flagged():
+    x, flagged = np.arange(6.0), np.arange(6) > 3
+    figure = plots.scatter(x, -x, x_title="x", y_title="y", flagged=flagged)
+    assert [len(t.x) for t in figure.data] == [4, 2]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_mosaic_puts_each_picture_in_its_place(channels):
+    images = np.random.default_rng(2).random((5, channels, 4, 6))
+    canvas = plots.mosaic(images, columns=3)
+    assert canvas.shape[:2] == (9, 20)
+    for i, image in enumerate(images):
+        top, left = (i // 3) * 5, (i % 3) * 7
+        part = canvas[top : top + 4, left : left + 6]
+        assert np.allclose(part if channels == 1 else part.transpose(2, 0, 1), image[0] if channels == 1 else image)
+    figure = plots.gallery(images, [f"picture {i}" for i in range(5)], columns=3)
+    assert list(figure.data[1].text) == [f"picture {i}" for i in range(5)]
+
+
+def test_figures_are_small_data_and_not_a_megabyte_of_javascript(report):
+    assert pio.renderers.default == "plotly_mimetype"
+    assert len(json.dumps(plots.frontier(report).to_plotly_json(), default=str)) < 20_000
