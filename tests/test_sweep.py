@@ -1,0 +1,129 @@
+"""Each point of the plane against the same arm trained by itself, and the slider's rule against brute force."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from demem_lab import risk
+from demem_lab.audit import measure
+from demem_lab.experiment import profile
+from demem_lab.mechanisms import DPSGD, SelectiveDP
+from demem_lab.store import Store
+from demem_lab.sweep import COLUMNS, Plane, sweep
+
+NOISES, FRACTIONS = (0.0, 2.0), (0.0, 0.2, 1.0)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    small = profile("smoke").experiment(subset=120, epochs=2, progress=False)
+    return replace(small, store=Store(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def plane(lab):
+    return sweep(lab, noise_multipliers=NOISES, fractions=FRACTIONS, seed=0, lr_everybody=lambda sigma: 0.02)
+
+
+def test_the_plane_has_nobody_once_and_every_other_pair(plane, lab):
+    pairs = list(zip(plane.points["noise_multiplier"], plane.points["fraction"], strict=True))
+    assert pairs == [(0, 0), (0, 0.2), (0, 1), (2, 0.2), (2, 1)] and plane.models == lab.tuning_models == 4
+    assert plane.points["protected"].tolist() == [0, 24, 120, 24, 120]
+    assert plane.points["lr"].tolist() == [0.1, 0.1, 0.02, 0.1, 0.02]  # tuned rates only where everybody is protected
+    assert np.array_equal(plane.scores, lab.risk(0).score) and plane.fpr == 0.1
+    assert plane.points["risk_threshold"].tolist() == [
+        np.inf, *[np.sort(plane.scores)[-24], -np.inf] * 2,
+    ]
+
+
+def arms(lab):
+    some = lab.flags(0, 0.2)
+    return {
+        (0.0, 0.0): {}, (0.0, 1.0): {"mechanism": DPSGD(0.0), "lr": 0.02}, (2.0, 1.0): {"mechanism": DPSGD(2.0), "lr": 0.02},
+        (0.0, 0.2): {"mechanism": SelectiveDP(0.0, 1.0, some)}, (2.0, 0.2): {"mechanism": SelectiveDP(2.0, 1.0, some)},
+    }
+
+
+def test_every_point_is_the_arm_of_its_own(plane, lab):
+    """Nobody protected is plain training, everybody is DP-SGD: same members, same seeds, same numbers."""
+    top = risk.protected_set(lab.risk(0).score, fraction=0.1).mask
+    for (sigma, fraction), changes in arms(lab).items():
+        run = lab.run("alone", seed=0, models=4, **changes)
+        found = measure(run, {"high risk": top, "rest": ~top}, fpr=plane.fpr)
+        p = plane.points
+        point = p[(p["noise_multiplier"] == sigma) & (p["fraction"] == fraction)].iloc[0]
+        for column, place in COLUMNS.items():  # sums in another order: a sample on the fence may fall to the other side
+            slack = 0.2 if place[0] == "high risk" else 0.03
+            print(abs(point[column]-found[place]), column,place)
+            assert point[column] == pytest.approx(found[place], abs=slack), (sigma, fraction, column)
+        assert str(run.guarantee) == point["guarantee"] or not run.guarantee.holds and "no guarantee" in point["guarantee"]
+        expected = run.guarantee.budget.epsilon if run.guarantee.holds else np.nan
+        assert point["epsilon"] == pytest.approx(expected, nan_ok=True)
+    assert plane.points["epsilon"].notna().tolist() == [False, False, False, True, True]
+
+
+def test_logits_of_the_plane_are_those_of_the_arms(lab, monkeypatch):
+    seen = []
+    real = type(lab).tables
+
+    def spy(self, name, *arguments, **named):
+        run = real(self, name, *arguments, **named)
+        seen.append((name, run))
+        return run
+
+    monkeypatch.setattr(type(lab), "tables", spy)
+    sweep(lab, noise_multipliers=NOISES, fractions=FRACTIONS, seed=0, lr_everybody=lambda sigma: 0.02)
+    run = next(run for name, run in seen if name == "plane")
+    for number, pair in enumerate([(0, 0), (0, 0.2), (0, 1), (2, 0.2), (2, 1)]):
+        alone = lab.run("alone", seed=0, models=4, **arms(lab)[pair])
+        part = run.part(slice(4 * number, 4 * number + 4))
+        assert np.array_equal(part.members, alone.members)
+        assert np.median(abs(part.clean - alone.clean)) < 1e-3, pair
+
+
+def test_the_second_time_nothing_is_trained(plane, lab, monkeypatch):
+    monkeypatch.setattr("demem_lab.training.train", lambda *a, **k: pytest.fail("trained again"))
+    again = sweep(lab, noise_multipliers=NOISES, fractions=FRACTIONS, seed=0, lr_everybody=lambda sigma: 0.02)
+    pd.testing.assert_frame_equal(again.to_frame(), plane.to_frame())
+
+
+def made_plane():
+    points = [(0.0, 0.0, 0)] + [(s, f, round(100 * f)) for s in (0.5, 1.0, 3.0) for f in (0.05, 0.3, 1.0)]
+    frame = pd.DataFrame(points, columns=["noise_multiplier", "fraction", "protected"])
+    return Plane(frame, np.random.default_rng(0).normal(size=100), 0, 4, 0.1)
+
+
+@given(st.floats(0, 5), st.floats(-4, 4) | st.sampled_from([np.inf, -np.inf]))
+def test_the_nearest_trained_point_by_brute_force(noise, threshold):
+    made = made_plane()
+    wanted = sum(s >= threshold for s in made.scores)
+    best = min(
+        range(len(made.points)),
+        key=lambda i: (abs(made.points["protected"][i] - wanted), abs(made.points["noise_multiplier"][i] - noise)),
+    )
+    found = made.nearest(noise_multiplier=noise, risk_threshold=threshold)
+    assert found.name == best and found["protected"] == made.points["protected"][best]  # a trained point, named
+
+
+def test_infinite_thresholds_are_nobody_and_everybody(plane):
+    assert plane.nearest(noise_multiplier=3.0, risk_threshold=np.inf)["fraction"] == 0
+    everybody = plane.nearest(noise_multiplier=1.4, risk_threshold=-np.inf)
+    assert (everybody["fraction"], everybody["noise_multiplier"]) == (1, 2)
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda p, lab: p.nearest(noise_multiplier=1, risk_threshold=float("nan")), "NaN"),
+    (lambda p, lab: p.nearest(noise_multiplier=-1, risk_threshold=0), "noise_multiplier"),
+    (lambda p, lab: p.nearest(noise_multiplier=float("inf"), risk_threshold=0), "noise_multiplier"),
+    (lambda p, lab: sweep(lab, noise_multipliers=(1, 1.0), fractions=(0.1,), seed=0), "must not repeat"),
+    (lambda p, lab: sweep(lab, noise_multipliers=(1,), fractions=(0, 0.0), seed=0), "must not repeat"),
+    (lambda p, lab: sweep(lab, noise_multipliers=(1,), fractions=(1.2,), seed=0), "fraction"),
+    (lambda p, lab: sweep(lab, noise_multipliers=(-1,), fractions=(0.2,), seed=0), "noise_multiplier"),
+])
+def test_bad_input(plane, lab, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(plane, lab)
