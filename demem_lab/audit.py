@@ -91,8 +91,11 @@ class AuditReport:
 
     def values(self, arm: str, metric: str, group: str = "all") -> np.ndarray:
         """One value a seed [S], in order of seeds. KeyError names what there is."""
+        return self._by_seed(arm, metric, group).to_numpy()
+
+    def _by_seed(self, arm: str, metric: str, group: str) -> pd.Series:
         r = self.rows
-        found = r[(r.arm == arm) & (r.metric == metric) & (r.group == group)].sort_values("seed")["value"].to_numpy()
+        found = r[(r.arm == arm) & (r.metric == metric) & (r.group == group)].set_index("seed")["value"].sort_index()
         if not len(found):
             raise KeyError(
                 f"no {metric!r} of group {group!r} for arm {arm!r}; arms: {self.arms}, "
@@ -110,12 +113,22 @@ class AuditReport:
 
     def difference(self, arm: str, other: str, metric: str, group: str = "all") -> Interval:
         """`arm` minus `other`, paired by seed: both had the same members, so what the seeds share cancels."""
-        return seed_interval(self.values(arm, metric, group) - self.values(other, metric, group))
+        a, b = self._paired(arm, other, metric, group)
+        return seed_interval(a - b)
 
     def change(self, arm: str, other: str, metric: str, group: str = "all") -> Interval:
         """The same relative to `other`, as a fraction of it: -0.1 is a tenth less."""
-        base = self.values(other, metric, group)
-        return seed_interval((self.values(arm, metric, group) - base) / base)
+        a, b = self._paired(arm, other, metric, group)
+        return seed_interval((a - b) / b)
+
+    def _paired(self, arm: str, other: str, metric: str, group: str) -> tuple[np.ndarray, np.ndarray]:
+        a, b = self._by_seed(arm, metric, group), self._by_seed(other, metric, group)
+        if list(a.index) != list(b.index):
+            raise ValueError(
+                f"{arm!r} has {metric!r} at seeds {list(a.index)}, {other!r} at {list(b.index)}; "
+                "a difference needs the same seeds"
+            )
+        return a.to_numpy(), b.to_numpy()
 
     def to_frame(
         self, columns: Sequence[tuple[str, str]] = (("accuracy", "all"), ("robust", "all"), ("leak", "all")), *,

@@ -244,7 +244,7 @@ class SelectiveDP(Mechanism):
 
     def _noise_std(self, batch: Batch, models: int, like: Tensor) -> Tensor:
         std = _per_model(self.noise_multiplier, like) * _per_model(self.max_grad_norm, like)
-        anybody = True if self.protected is None else self.protected.to(like.device).any(-1)
+        anybody = True if self.protected is None else torch.as_tensor(self.protected).to(like.device).any(-1)
         return torch.where(torch.as_tensor(anybody, device=like.device), std, 0).expand(models)
 
     def check(self, n: int) -> None:

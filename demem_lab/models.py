@@ -103,7 +103,8 @@ class SmallCNN:
     def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
         """M freshly initialised networks for images of `shape` (C, H, W), H and W at least 8."""
         integer("image height", shape[1], low=8, fix="use the MLP for smaller images")
-        integer("width", self.width, low=4)
+        if integer("width", self.width, low=4) % 4:
+            raise ValueError(f"width must be a multiple of 4, for GroupNorm's four groups, got {self.width}")
         return _initialised(_Convolutional(self, models, shape, classes), seeds, device)
 
 

@@ -80,7 +80,7 @@ class Parameter:
                 return float(given)
             if self.type == "str" and isinstance(given, str):
                 return given
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             pass
         raise ParameterError(f"{self.name} must be of type {self.type}, got {given!r}; allowed: {self.allowed}")
 
@@ -88,6 +88,16 @@ class Parameter:
 def parameters(notebook: str | Path) -> dict[str, Parameter]:
     """The parameters a notebook takes, by name. ParameterError unless exactly one cell is tagged `parameters`."""
     path = Path(notebook)
+    try:
+        return _parameters(path)
+    except (SyntaxError, ValueError, nbformat.reader.NotJSONError) as error:
+        if isinstance(error, ParameterError):
+            raise
+        fix = "its parameters cell holds lines of the form 'name: type = literal'"
+        raise ParameterError(f"{path.name} cannot be read: {error}; {fix}") from None
+
+
+def _parameters(path: Path) -> dict[str, Parameter]:
     cells = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
     if len(cells) != 1:
         raise ParameterError(f"{path.name} has {len(cells)} cells tagged 'parameters'; it needs exactly one to be run headless")
@@ -161,6 +171,7 @@ def run(
     nobody is watching. `say` gets a line of progress whenever a cell starts.
     """
     import papermill as pm
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     notebook, out = Path(notebook), Path(out)
@@ -170,12 +181,14 @@ def run(
     with _own_kernel() as kernel, _store_log() as accesses, _watching(out, say), _Memory() as memory:
         try:
             pm.execute_notebook(
-                str(notebook), str(out), parameters=values, kernel_name=kernel, progress_bar=False,
+                str(notebook), str(out), parameters=values, kernel_name=kernel, progress_bar=False, language="python",
                 cwd=str(notebook.resolve().parent), autosave_cell_every=0, request_save_on_cell_execute=True,
             )
         except PapermillExecutionError as failure:
             # the injected parameters and papermill's banner shift cells: exec_count is what the reader sees as [n]
             error = f"cell [{failure.exec_count}]: {failure.ename}: {failure.evalue}"
+        except DeadKernelError as failure:  # killed, most often for its memory
+            error = f"{failure}; after {memory.peak_mb:.0f} MB"
         fresh = [line["fresh"] for line in accesses()]
     _strip_widget_state(out)
     return Result(
@@ -213,7 +226,9 @@ def _watching(out: Path, say: Callable[[str], None]):
     stop, started = threading.Event(), time.monotonic()
 
     def look() -> None:
-        while not stop.wait(1.0):
+        last = False
+        while not last:
+            last = stop.wait(1.0)  # and once more when all is done
             try:
                 cells = [c for c in json.loads(out.read_text())["cells"] if c["cell_type"] == "code"]
             except (OSError, ValueError):

@@ -19,7 +19,7 @@ def finite(name: str, value: float, *, low: float | None = None, high: float | N
     wanted = " and ".join(["finite", *bounds])
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(_sentence(f"{name} must be a number, {wanted}, got {value!r}", fix)) from None
     outside = (low is not None and number < low) or (high is not None and number > high)
     if not math.isfinite(number) or outside:
@@ -72,6 +72,8 @@ def member_mask(mask: Any, *, n: int, models: int | None = None) -> None:
         raise ValueError(f"the membership mask must have shape {wanted}, one column for each sample, got {_shape(mask)}")
     if str(mask.dtype).split(".")[-1] != "bool":
         raise ValueError(f"the membership mask must be bool, got {mask.dtype}; convert with .bool()")
+    if not mask.shape[0]:
+        raise ValueError("the membership mask has no rows; train at least one model")
     empty = [m for m in range(mask.shape[0]) if not bool(mask[m].any())]
     if empty:
         raise ValueError(f"every model needs at least one member, models {empty[:5]} have none")

@@ -159,7 +159,6 @@ def test_bad_input(runs, call, kind, words):
         call(runs)
 
 
-@pytest.mark.xfail(strict=True, reason="difference() and change() pair by position, not by seed")
 @pytest.mark.parametrize("which", ["difference", "change"])
 def test_only_the_same_seeds_are_paired(runs, which):
     for unpaired in (audit([runs[0], runs[4]]), audit([runs[0], *runs[3:]])):  # other seeds; one seed against three

@@ -119,3 +119,18 @@ def test_real_files(name, n, shape):
     found = load(name, root=root)
     assert (found.n, found.shape) == (n, shape) and (torch.bincount(found.y) == n // 10).all()
     assert 0.1 < float(found.x.mean()) < 0.6 and len(data.KNOWN[name].classes) == 10
+
+
+@pytest.mark.xfail(strict=True, reason="the fingerprint digests bytes only")
+def test_the_fingerprint_sees_shapes_and_the_number_of_classes():
+    made = Dataset("made", X, Y, ("a", "b"), "made", 0.1)
+    assert made.fingerprint == Dataset("other name", X.clone(), Y, ("a", "b"), "made", 0.2).fingerprint
+    assert made.fingerprint != Dataset("made", X.reshape(6, 1, 2, 8), Y, ("a", "b"), "made", 0.1).fingerprint
+    assert made.fingerprint != Dataset("made", X, Y, ("a", "b", "c"), "made", 0.1).fingerprint
+
+
+@pytest.mark.parametrize("change", [lambda x, y: (x.flip(0), y), lambda x, y: (x, 1 - y), lambda x, y: (x[:5], y[:5])])
+def test_the_fingerprint_sees_every_pixel_and_label(change):
+    x, y = change(X, Y)
+    one, other = Dataset("made", X, Y, ("a", "b"), "m", 0.1), Dataset("made", x, y, ("a", "b"), "m", 0.1)
+    assert one.fingerprint != other.fingerprint

@@ -216,7 +216,8 @@ def test_intervals_within_a_model_and_between_seeds():
     (lambda s, m: mi.lira(s[:, :5], m), "signal must be"), (lambda s, m: mi.lira(s * np.nan, m), "finite"),
     (lambda s, m: mi.lira(s, m, variance="fixed"), "variance"), (lambda s, m: mi.lira(s[:2], m[:2]), "references"),
     (lambda s, m: mi.lira(s[:4], m[:4], variance="per_sample"), "needs 2"), (lambda s, m: mi.rmia(s[:2], m[:2]), "out-reference"),
-    (lambda s, m: mi.rmia(s, m, gamma=-1.0), "gamma"), (lambda s, m: mi.rmia(s, m, population=np.zeros(60, dtype=bool)), "population"),
+    (lambda s, m: mi.rmia(s, m, gamma=-1.0), "gamma"),
+    (lambda s, m: mi.rmia(s, m, population=np.zeros(60, dtype=bool)), "population"),
     (lambda s, m: mi.evaluate(s * np.nan, m), "NaN"), (lambda s, m: mi.evaluate(s, m | True), "non-member"),
     (lambda s, m: mi.evaluate(s, m, subset=np.zeros(60, dtype=bool)), "at least one member"),
     (lambda s, m: mi.evaluate(s[0], m), r"\[M, N\]"), (lambda s, m: mi.mean_roc(s[:, :8], m[:, :8]), "cannot resolve"),
@@ -224,3 +225,26 @@ def test_intervals_within_a_model_and_between_seeds():
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
         call(*game())
+
+
+@pytest.mark.parametrize("name", ["online shrunk", "online pooled", "offline shrunk"])
+def test_a_shift_of_a_sample_and_the_scale_of_all_change_no_score(name):
+    signal, member = game(models=8, n=60)
+    moved = 3.0 * signal + np.random.default_rng(1).normal(0, 5, 60)  # another zero for each sample, another unit
+    assert np.allclose(ATTACKS[name](signal, member), ATTACKS[name](moved, member))
+
+
+def test_measures_only_see_the_order_of_scores():
+    scores, member = game(4, 200)
+    a, b = mi.evaluate(scores, member), mi.evaluate(np.exp(scores / 3) * 7 - 1, member)
+    for field in ("auc", "tpr", "balanced_accuracy"):
+        assert np.array_equal(getattr(a, field), getattr(b, field))
+
+
+def test_what_the_target_and_its_twin_say_has_no_part_in_the_references():
+    signal, member = game(models=8, n=30)
+    changed = signal.copy()
+    changed[1] = np.random.default_rng(2).normal(50, 9, 30)  # row 1 is the twin of row 0
+    for attack in (mi.lira, mi.rmia):
+        assert np.allclose(attack(abs(signal), member)[0], attack(abs(changed), member)[0], rtol=1e-6)
+        assert not np.allclose(attack(abs(signal), member)[2], attack(abs(changed), member)[2])

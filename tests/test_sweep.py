@@ -43,7 +43,8 @@ def test_the_plane_has_nobody_once_and_every_other_pair(plane, lab):
 def arms(lab):
     some = lab.flags(0, 0.2)
     return {
-        (0.0, 0.0): {}, (0.0, 1.0): {"mechanism": DPSGD(0.0), "lr": 0.02}, (2.0, 1.0): {"mechanism": DPSGD(2.0), "lr": 0.02},
+        (0.0, 0.0): {},
+        (0.0, 1.0): {"mechanism": DPSGD(0.0), "lr": 0.02}, (2.0, 1.0): {"mechanism": DPSGD(2.0), "lr": 0.02},
         (0.0, 0.2): {"mechanism": SelectiveDP(0.0, 1.0, some)}, (2.0, 0.2): {"mechanism": SelectiveDP(2.0, 1.0, some)},
     }
 
@@ -57,10 +58,12 @@ def test_every_point_is_the_arm_of_its_own(plane, lab):
         p = plane.points
         point = p[(p["noise_multiplier"] == sigma) & (p["fraction"] == fraction)].iloc[0]
         for column, place in COLUMNS.items():  # sums in another order: a sample on the fence may fall to the other side
-            slack = 0.2 if place[0] == "high risk" else 0.03
-            print(abs(point[column]-found[place]), column,place)
+            slack = 0.1 if place[0] == "high risk" else 0.03
             assert point[column] == pytest.approx(found[place], abs=slack), (sigma, fraction, column)
-        assert str(run.guarantee) == point["guarantee"] or not run.guarantee.holds and "no guarantee" in point["guarantee"]
+        if run.guarantee.holds:
+            assert point["guarantee"] == str(run.guarantee)
+        else:
+            assert point["guarantee"].startswith("no guarantee: ")
         expected = run.guarantee.budget.epsilon if run.guarantee.holds else np.nan
         assert point["epsilon"] == pytest.approx(expected, nan_ok=True)
     assert plane.points["epsilon"].notna().tolist() == [False, False, False, True, True]

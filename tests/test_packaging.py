@@ -1,0 +1,125 @@
+"""The house: one list of dependencies, modules that only look up, and nothing committed that should not be."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+import demem_lab
+
+ROOT = Path(__file__).parents[1]
+ORDER = (
+    "validate streams store data layers models attacks objectives accounting mechanisms sampling optimizers farm training "
+    "membership risk experiment audit sweep plots views panels checks runner site cli"
+).split()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def tracked():
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in found.stdout.split("\n") if name and (ROOT / name).is_file()]
+
+
+def names(requirements):
+    return {re.split(r"[<>=!~\[ ;]", text)[0].lower().replace("_", "-"): text for text in requirements}
+
+
+@pytest.mark.parametrize("file", ["environment.yml", "binder/environment.yml"])
+def test_environments_are_in_step_with_pyproject(file):
+    content = yaml.safe_load((ROOT / file).read_text())
+    listed = []
+    for entry in content["dependencies"]:
+        listed += entry["pip"] if isinstance(entry, dict) else [entry]
+    wanted = names(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["attacks"])
+    packages = [str(e).replace("pytorch", "torch") for e in listed if not str(e).startswith(("-", "python>", "python="))]
+    assert sorted(p for p in packages if p != "pip") == sorted(wanted.values())
+    python = next(str(e) for e in listed if str(e).startswith("python"))
+    assert re.search(r"3\.1[123]", python)
+
+
+def test_binder_takes_the_cpu_wheels_and_installs_the_package():
+    assert "--extra-index-url https://download.pytorch.org/whl/cpu" in (ROOT / "binder/environment.yml").read_text()
+    assert "pip install --no-deps" in (ROOT / "binder/postBuild").read_text()
+    assert (ROOT / "binder/start").read_text().rstrip().endswith('exec "$@"')
+    for script in ("postBuild", "start"):
+        assert (ROOT / "binder" / script).stat().st_mode & 0o111
+
+
+def test_the_two_commands():
+    make = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", make, re.M) for target in ("tour", "lab", "test", "clean"))
+    assert (ROOT / ".ci/run").read_text().strip().endswith("exec make test")
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    runs = [s["run"] for j in workflow["jobs"].values() for s in j["steps"] if "run" in s]
+    assert runs == ["make test"]
+
+
+def test_modules_import_only_those_above_them():
+    modules = {p.stem for p in (ROOT / "demem_lab").glob("*.py")} - {"__init__"}
+    assert modules == set(ORDER)
+    for place, name in enumerate(ORDER):
+        tree = ast.parse((ROOT / "demem_lab" / f"{name}.py").read_text())
+        assert ast.get_docstring(tree), name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "demem_lab":
+                used = [node.module.split(".")[1]] if "." in node.module else [a.name for a in node.names]
+                late = [u for u in used if u in ORDER and ORDER.index(u) >= place]
+                assert not late, f"{name} imports {late}"
+
+
+def test_every_public_name_is_described():
+    missing = []
+    for name in ORDER:
+        tree = ast.parse((ROOT / "demem_lab" / f"{name}.py").read_text())
+        for node in tree.body:
+            public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            if public and not ast.get_docstring(node):
+                missing.append(f"{name}.{node.name}")
+    assert missing == []
+
+
+def test_modules_hold_one_idea_each():
+    assert all(len(p.read_text().splitlines()) <= 400 for p in (ROOT / "demem_lab").glob("*.py"))
+
+
+def test_what_is_committed():
+    host = re.compile(r"https?://[^/\s\"')]*(?:pypi|simple|mirror|artifactory)[^\s\"')]*")
+    here = re.compile(r"/(?:work|root|tmp/bash)/")
+    for path in tracked():
+        if path.suffix in (".png", ".svg", ".jpg"):
+            continue
+        text = path.read_text(errors="replace")
+        if path.name != Path(__file__).name:
+            assert not here.search(text), path
+            assert not host.search(text), path
+        if path.suffix == ".ipynb" and "tests" not in path.parts:
+            notebook = nbformat.read(path, 4)
+            assert "widgets" not in notebook.metadata and len(text) < 200_000
+            assert all(not c.outputs and c.execution_count is None for c in notebook.cells if c.cell_type == "code"), path
+
+
+def test_torch_is_the_only_heavy_thing_that_gpu_code_needs():
+    """Training and measuring import without notebook packages, so that they run on a bare GPU machine."""
+    script = (
+        "import sys\n"
+        "for name in ('ipywidgets', 'plotly', 'papermill', 'jupyterlab', 'IPython', 'typer', 'nbformat'):\n"
+        "    sys.modules[name] = None\n"
+        "import demem_lab.experiment, demem_lab.audit, demem_lab.sweep\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_citation_and_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == demem_lab.__version__ and citation["license"] == PROJECT["license"] == "MIT"
+    paper = citation["references"][0]
+    assert "2412.05767" in str(paper) and [a["family-names"] for a in paper["authors"]] == ["Luo", "Li"]
+    assert "MIT License" in (ROOT / "LICENSE").read_text()
