@@ -1,3 +1,4 @@
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -179,6 +180,27 @@ def test_a_killed_writer_leaves_no_half_entry_and_no_lock(tmp_path):
     assert two is None or two.arrays["x"].shape == (300_000,)
 
 
+@pytest.mark.parametrize("dies_at", [1, 2])
+def test_a_writer_that_dies_between_data_and_sidecar_leaves_the_old_entry(store, monkeypatch, dies_at):
+    import demem_lab.store as module
+
+    store.put("k", 1, {"x": np.zeros(3)})
+    real, count = module._write, []
+
+    def write(path, content):
+        count.append(path)
+        if len(count) == dies_at:
+            raise KeyboardInterrupt
+        real(path, content)
+
+    monkeypatch.setattr(module, "_write", write)
+    with pytest.raises(KeyboardInterrupt):
+        store.put("k", 1, {"x": np.ones(3)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert store.get("k", 1).arrays["x"].tolist() == [0, 0, 0]
+
+
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/demem")):
@@ -236,15 +258,18 @@ def test_a_reader_sees_whole_entries_while_a_writer_replaces_them(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "started\n"
-        store, seen = Store(tmp_path), []
+        store, seen, sizes = Store(tmp_path), [], set()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", StoreWarning)  # an entry replaced while it is read counts as missing
             while len(seen) < 40:
                 entry = store.get("k", 1)
+                for file in (tmp_path / "k").glob("*.safetensors"):
+                    with contextlib.suppress(FileNotFoundError):  # replaced by now
+                        sizes.add(file.stat().st_size)
                 if entry is not None:
                     assert (entry.arrays["x"] == entry.meta["number"]).all()
                     seen.append(entry.meta["number"])
-        assert seen == sorted(seen)
+        assert seen == sorted(seen) and len(sizes) == 1  # never half of a file under its own name
     finally:
         process.kill()
         process.wait()

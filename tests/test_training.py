@@ -1,6 +1,11 @@
 """Training: many at once is one by one, interrupted is uninterrupted, bad input stops before anything is trained."""
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +19,7 @@ from demem_lab.models import MLP, ResNet18, SmallCNN
 from demem_lab.objectives import PGDAT, TRADES
 from demem_lab.optimizers import SGD, AdamW
 from demem_lab.sampling import Poisson, Shuffled
-from demem_lab.store import StoreWarning
+from demem_lab.store import Store, StoreWarning
 from demem_lab.streams import model_seeds
 from demem_lab.training import Recipe, outputs, train
 
@@ -276,3 +281,45 @@ def test_bad_input_is_refused_before_training(tiny, change, words):
 def test_bad_epochs(epochs):
     with pytest.raises(ValueError, match="epochs"):
         recipe(epochs=epochs)
+
+
+KILLED = """
+import sys, time, torch
+sys.path.insert(0, sys.argv[2])
+from demem_lab import data, training
+from demem_lab.store import Store
+from test_training import MEMBERS, SEEDS, recipe
+generator = torch.Generator().manual_seed(0)
+tiny = data.Dataset("tiny", torch.rand(24, 1, 4, 4, generator=generator), torch.arange(24) % 3, ("a", "b", "c"), "made", 0.1)
+real = training._State.advance
+
+def slow(state):
+    real(state)
+    print(state.step, flush=True)
+    time.sleep(0.05)
+
+training._State.advance = slow
+training.train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4, store=Store(sys.argv[1]), checkpoint_seconds=0.0)
+"""
+
+
+def test_a_killed_run_continues_from_its_checkpoint(tiny, tmp_path, monkeypatch):
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"DEMEM_WORKERS": "1"},
+    )
+    while int(process.stdout.readline()) < 9:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    real, steps = training._State.advance, []
+
+    def counted(state):
+        steps.append(state.step)
+        real(state)
+
+    monkeypatch.setattr(training._State, "advance", counted)
+    monkeypatch.setenv("DEMEM_WORKERS", "1")
+    resumed = train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4, store=Store(tmp_path))
+    assert 7 <= steps[0] and steps == list(range(steps[0], 20))
+    assert distance(resumed, train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4)) == 0.0
