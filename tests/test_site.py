@@ -43,7 +43,8 @@ def page(tmp_path):
         code("panel", show({"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "VBox()"})),
     )
     error = nbformat.v4.new_output("error", ename="ValueError", evalue="planted", traceback=["\x1b[31mline 1\x1b[0m"])
-    second = notebook(tmp_path / "01_second.ipynb", nbformat.v4.new_markdown_cell("# Second?"), code("boom()", error), failed=True)
+    heading = nbformat.v4.new_markdown_cell("# Second?")
+    second = notebook(tmp_path / "01_second.ipynb", heading, code("boom()", error), failed=True)
     return site.write(tmp_path / "deep" / "index.html", [first, second], title="The <title>", intro="Intro & all").read_text()
 
 
