@@ -97,10 +97,10 @@ def test_the_second_time_nothing_is_trained(plane, lab, monkeypatch):
 def made_plane():
     points = [(0.0, 0.0, 0)] + [(s, f, round(100 * f)) for s in (0.5, 1.0, 3.0) for f in (0.05, 0.3, 1.0)]
     frame = pd.DataFrame(points, columns=["noise_multiplier", "fraction", "protected"])
-    return Plane(frame, np.random.default_rng(0).normal(size=100), 0, 4, 0.1)
+    return Plane(frame, np.arange(100) // 5 / 10, 0, 4, 0.1)
 
 
-@given(st.floats(0, 5), st.floats(-4, 4) | st.sampled_from([np.inf, -np.inf]))
+@given(st.floats(0, 5), st.floats(-1, 3) | st.sampled_from([np.inf, -np.inf, *np.arange(20) / 10]))
 def test_the_nearest_trained_point_by_brute_force(noise, threshold):
     made = made_plane()
     wanted = sum(s >= threshold for s in made.scores)
