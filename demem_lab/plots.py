@@ -171,15 +171,16 @@ def scatter(
 
 
 def lines(
-    x: Sequence[float], curves: Mapping[str, Sequence[float]], *, x_title: str, y_title: str, title: str = "",
+    x: Sequence[float] | Sequence[str], curves: Mapping[str, Sequence[float]], *, x_title: str, y_title: str, title: str = "",
     log_x: bool = False, log_y: bool = False,
 ) -> go.Figure:
     """Named curves over common x."""
     figure = go.Figure()
     for number, (name, values) in enumerate(curves.items()):
         figure.add_scatter(x=list(x), y=list(values), mode="lines+markers", name=name, line=line(number))
-    figure.update_xaxes(title=x_title, type="log" if log_x else "linear")
-    figure.update_yaxes(title=y_title, type="log" if log_y else "linear")
+    # not "linear": an axis of names would then stay empty
+    figure.update_xaxes(title=x_title, type="log" if log_x else None)
+    figure.update_yaxes(title=y_title, type="log" if log_y else None)
     return styled(figure, title=title)
 
 

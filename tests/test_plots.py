@@ -48,6 +48,12 @@ def test_arms_groups_and_frontier_show_the_reports_means(report):
         assert trace.error_y.array[0] == pytest.approx(100 * (half.high - half.mean))
 
 
+def test_lines_over_names_and_over_numbers():
+    named = plots.lines(["clean", "FGSM"], {"a": [0.9, 0.5]}, x_title="attack", y_title="accuracy")
+    assert list(named.data[0].x) == ["clean", "FGSM"] and named.layout.xaxis.type != "linear"
+    assert plots.lines([1, 10], {"a": [1, 2]}, x_title="x", y_title="y", log_x=True).layout.xaxis.type == "log"
+
+
 def test_histogram_counts_everybody_once():
     values = np.random.default_rng(1).normal(size=500)
     assert sum(plots.histogram(values, threshold=1.0).data[0].y) == 500
