@@ -82,11 +82,18 @@ def noise_multiplier_for(*, epsilon: float, sampling_rate: float, steps: int, de
     _, rate, steps, delta = _checked(1.0, sampling_rate, steps, delta)
     integer("steps", steps, low=1)
     import dp_accounting
+    from dp_accounting.mechanism_calibration import NoBracketIntervalFoundError
 
-    return dp_accounting.calibrate_dp_mechanism(
-        _pld, lambda sigma: _event(sigma, rate, steps), epsilon, delta,
-        dp_accounting.LowerEndpointAndGuess(0.3, 1.0), tol=1e-3,
-    )
+    def calibrated(lowest: float) -> float:
+        bracket = dp_accounting.LowerEndpointAndGuess(lowest, 1.0)
+        return dp_accounting.calibrate_dp_mechanism(
+            _pld, lambda sigma: _event(sigma, rate, steps), epsilon, delta, bracket, tol=1e-3
+        )
+
+    try:
+        return calibrated(0.3)
+    except NoBracketIntervalFoundError:  # so few steps that less noise will do; there PLD is quick again
+        return calibrated(0.02)
 
 
 def epsilon_curve(noise_multipliers: Sequence[float], *, sampling_rate: float, steps: int, delta: float, accountant="RDP"):

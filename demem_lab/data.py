@@ -58,8 +58,9 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the content."""
-        content = hashlib.sha256(self.x.contiguous().numpy().tobytes())
+        """Digest of the content: pixels, labels, shape and number of classes."""
+        content = hashlib.sha256(repr((tuple(self.x.shape), len(self.classes))).encode())
+        content.update(self.x.contiguous().numpy().tobytes())
         content.update(self.y.contiguous().numpy().tobytes())
         return content.hexdigest()[:32]
 

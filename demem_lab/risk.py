@@ -128,6 +128,8 @@ def random_set(n: int, count: int, *, seed: int) -> np.ndarray:
 def deciles(score: np.ndarray, *, groups: int = 10) -> np.ndarray:
     """int [N]: 0 for the tenth with the lowest risk to groups - 1 for the highest; sizes differ by at most one."""
     score = np.asarray(score, dtype=np.float64)
+    if np.isnan(score).any():
+        raise ValueError("scores must not contain NaN; samples without a score cannot be ordered")
     integer("groups", groups, low=2, high=len(score))
     rank = np.empty(len(score), dtype=np.int64)
     rank[np.argsort(score, kind="stable")] = np.arange(len(score))
@@ -137,6 +139,10 @@ def deciles(score: np.ndarray, *, groups: int = 10) -> np.ndarray:
 def rank_correlation(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> Interval:
     """Spearman's correlation with Fisher's interval (standard error by Bonett & Wright 2000)."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if len(a) < 4 or len(a) != len(b):
+        raise ValueError(f"a rank correlation needs two lists of the same length, at least 4, got {len(a)} and {len(b)}")
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        raise ValueError("a constant list has no ranks to correlate")
     rho = float(stats.spearmanr(a, b).statistic)
     half = stats.norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (len(a) - 3))
     return Interval(rho, float(np.tanh(np.arctanh(rho) - half)), float(np.tanh(np.arctanh(rho) + half)), len(a))
@@ -146,5 +152,7 @@ def precision_at_top(proxy: np.ndarray, score: np.ndarray, *, fraction: float, l
     """How many of the top `fraction` by `proxy` are in the top `fraction` by `score`; Clopper-Pearson interval."""
     a, b = protected_set(proxy, fraction=fraction).mask, protected_set(score, fraction=fraction).mask
     hits, n = int((a & b).sum()), int(a.sum())
+    if n == 0:
+        raise ValueError(f"fraction {fraction:g} of {len(a)} samples is nobody; take a larger fraction")
     found = stats.binomtest(hits, n).proportion_ci(level, method="exact")
     return Interval(hits / n, float(found.low), float(found.high), n)

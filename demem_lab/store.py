@@ -162,6 +162,8 @@ class Store:
 
 def canonical(config: Any) -> Any:
     """A JSON-able form that is equal exactly for equal configurations. TypeError for what has no such form."""
+    if isinstance(config, np.generic):  # first: np.float64 is a float, and would be spelled differently
+        return canonical(config.item())
     if config is None or isinstance(config, (bool, str, int)):
         return config
     if isinstance(config, float):
@@ -174,13 +176,11 @@ def canonical(config: Any) -> Any:
         fields = {f.name: canonical(getattr(config, f.name)) for f in dataclasses.fields(config)}
         return {"class": type(config).__name__, **fields}
     if isinstance(config, Mapping):
-        return {str(name): canonical(value) for name, value in config.items()}
+        return {"mapping": sorted(([canonical(k), canonical(v)] for k, v in config.items()), key=json.dumps)}
     if isinstance(config, (list, tuple)):
         return [canonical(value) for value in config]
     if isinstance(config, Path):
         return str(config)
-    if isinstance(config, np.generic):
-        return canonical(config.item())
     if hasattr(config, "detach"):  # a torch tensor; torch itself is not needed here
         config = config.detach().cpu().numpy()
     if isinstance(config, np.ndarray):

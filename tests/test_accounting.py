@@ -83,7 +83,6 @@ def test_bad_epsilon(epsilon):
         noise_multiplier_for(epsilon=epsilon, sampling_rate=0.1, steps=5, delta=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="dp_accounting's NoBracketIntervalFoundError passes through")
 def test_a_wanted_epsilon_that_less_noise_than_the_smallest_gives_is_answered():
     setting = {"sampling_rate": 0.01, "steps": 1, "delta": 1e-5}
     found = budget(noise_multiplier=noise_multiplier_for(epsilon=40.0, **setting), **setting)

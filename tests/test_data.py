@@ -121,7 +121,6 @@ def test_real_files(name, n, shape):
     assert 0.1 < float(found.x.mean()) < 0.6 and len(data.KNOWN[name].classes) == 10
 
 
-@pytest.mark.xfail(strict=True, reason="the fingerprint digests bytes only")
 def test_the_fingerprint_sees_shapes_and_the_number_of_classes():
     made = Dataset("made", X, Y, ("a", "b"), "made", 0.1)
     assert made.fingerprint == Dataset("other name", X.clone(), Y, ("a", "b"), "made", 0.2).fingerprint

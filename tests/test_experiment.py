@@ -76,6 +76,21 @@ def test_treated_runs_know_whom_they_treated(lab):
     assert [np.flatnonzero(r.flagged).tolist() for r in chosen] == [[0], [1]]
 
 
+def test_seeds_trained_together_are_the_seeds_trained_apart(lab, tmp_path):
+    from demem_lab.store import Store
+
+    apart = replace(lab, store=Store(tmp_path))
+    for how, random in ((lambda f: SelectiveDP(0.5, 1.0, f), False), (Drop, True)):
+        together = lab.treat(f"together {random}", how, fraction=0.3, random=random)
+        for run in together:
+            flagged = (apart.random_flags if random else apart.flags)(run.seed, 0.3)
+            alone = apart.run("apart", seed=run.seed, flagged=flagged, mechanism=how(flagged))
+            assert np.array_equal(run.flagged, alone.flagged) and np.array_equal(run.members, alone.members)
+            assert np.allclose(run.clean, alone.clean, atol=1e-2) and str(run.guarantee) == str(alone.guarantee)
+            assert (run.robust == alone.robust).mean() > 0.99 and run.fresh and run.steps == alone.steps
+        assert not any(run.fresh for run in lab.treat("again", how, fraction=0.3, random=random))
+
+
 def test_tuning_uses_its_own_seed_and_equals_separate_runs(lab):
     found = lab.tune("none", (0.05, 0.1))
     for lr, values in found.items():

@@ -132,7 +132,6 @@ def test_the_reported_threshold_protects_at_least_the_same(score, fraction):
     assert (again.mask | ~chosen.mask).all()
 
 
-@pytest.mark.xfail(strict=True, reason="NaN, a division by zero, or a sentence of scipy's comes out")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("call", "words"), [
     (lambda: risk.rank_correlation(np.ones(9), np.arange(9)), "constant"),
