@@ -1,197 +1,308 @@
-"""Utility, robustness and leakage of trained arms, for everybody and by risk group, with intervals over seeds.
+"""Audit a model, yours or ours, from its outputs: one call, one report.
 
->>> report = audit([*lab.arm("none"), *lab.arm("DP", mechanism=DPSGD(1.0))], groups=groups)     # doctest: +SKIP
->>> report.interval("none", "leak", "high risk")                                                # doctest: +SKIP
-Interval(mean=0.64, low=0.59, high=0.69, n=3)
+>>> report = audit({"member_logits": a, "member_labels": ya, "nonmember_logits": b, "nonmember_labels": yb})  # doctest: +SKIP
+>>> report.to_frame(); report.save("audit.json"); Path("audit.html").write_text(report.to_html())             # doctest: +SKIP
 
-The attacker knows the defence: the shadow models of an arm are the arm's other models. Robust models are asked about
-clean and adversarial images; "leak" is the larger of the two true positive rates (in the mean over the models of a seed).
+With outputs of one model the attacks are thresholds on signals. With an ensemble (logits [M, N, K] and who was a member of
+which) the strong attacks are there as well: every model is the target in turn, the others are its shadow models, so they
+should have been trained with the same defence. With a `torch.nn.Module` and its data the outputs are computed first.
+The report says how its numbers were obtained, and shows no rate that the data cannot resolve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from demem_lab.experiment import Run
-from demem_lab.membership import Interval, evaluate, seed_interval
+from demem_lab import __version__
+from demem_lab.empirical import one_run_bound
+from demem_lab.files import Outputs, outputs_from_arrays
+from demem_lab.leakage import MIN_FALSE_POSITIVES, by_group, canaries, evaluate, held_out_accuracy
+from demem_lab.membership import by_class, lira, rmia, twins
+from demem_lab.report import AuditReport
+from demem_lab.risk import deciles, memorization
+from demem_lab.signals import SIGNALS, confidence, label_robustness, logit_margin
+from demem_lab.validate import finite, integer
 
-Groups = Callable[[int], Mapping[str, np.ndarray]]  # seed -> {name: bool [N]}
-MIN_FALSE_POSITIVES = 5
-METRICS = {
-    "accuracy": "clean accuracy, non-members", "robust": "robust accuracy (PGD), non-members",
-    "member accuracy": "clean accuracy, members", "member robust": "robust accuracy (PGD), members",
-    "leak": "true positive rate of LiRA, the larger of clean and adversarial queries",
-    "leak clean": "true positive rate of LiRA, clean queries", "leak adversarial": "the same, adversarial queries",
-    "auc": "area under LiRA's ROC, the larger of clean and adversarial queries",
-}
-
-
-def finest_fpr(non_members: int, wanted: Sequence[float] = (0.001, 0.01, 0.02, 0.05, 0.1)) -> float:
-    """The smallest of the `wanted` false positive rates that this many non-members can resolve.
-
-    Resolve: at least 5 of them lie above the threshold. ValueError when even the largest cannot be.
-    """
-    fine = [f for f in sorted(wanted) if f * non_members >= MIN_FALSE_POSITIVES]
-    if not fine:
-        raise ValueError(
-            f"{non_members} non-members cannot resolve a false positive rate of {max(wanted)}; "
-            f"use at least {round(MIN_FALSE_POSITIVES / max(wanted))}"
-        )
-    return fine[0]
-
-
-def measure(run: Run, groups: Mapping[str, np.ndarray] | None = None, *, fpr: float) -> dict[tuple[str, str], float]:
-    """{(group, metric): value} of one run, averaged over its models; group "all" is always there.
-
-    Thresholds are the one global threshold of each model, also for groups. A group without members or non-members in
-    some model has no entry for the metrics concerned.
-    """
-    n = len(run.y)
-    groups = {"all": np.ones(n, dtype=bool), **(groups or {})}
-    members, out = run.members, {}
-    for name, inside in groups.items():
-        if len(inside) != n or not inside.any():
-            raise ValueError(f"group {name!r} must be a bool array with one entry for each of the {n} samples and not empty")
-        for kind, ok in run.right.items():
-            label = {"clean": "accuracy", "robust": "robust"}[kind]
-            for prefix, who in (("", ~members), ("member ", members)):
-                if (who & inside).any():
-                    out[name, prefix + label] = float(ok[who & inside].mean())
-        if not (members & inside).any(1).all():
-            continue
-        subset = None if name == "all" else inside
-        found = {q: evaluate(run.scores[q], members, fprs=(fpr,), subset=subset) for q in ("clean", "adversarial")}
-        for query, leakage in found.items():
-            rate = leakage.tpr_at(fpr)
-            if rate is not None:
-                out[name, f"leak {query}"] = rate
-        rates = [out[name, f"leak {q}"] for q in found if (name, f"leak {q}") in out]
-        if rates:
-            out[name, "leak"] = max(rates)
-        out[name, "auc"] = max(float(leakage.auc.mean()) for leakage in found.values())
-    return out
-
-
-@dataclass(frozen=True)
-class AuditReport:
-    """All measurements of all arms, one row each: arm, seed, group, metric, value."""
-
-    rows: pd.DataFrame
-    fpr: float
-    guarantees: dict[str, str]  # arm -> in words
-
-    @property
-    def arms(self) -> list[str]:
-        """Names in the order they were given."""
-        return list(dict.fromkeys(self.rows["arm"]))
-
-    def values(self, arm: str, metric: str, group: str = "all") -> np.ndarray:
-        """One value a seed [S], in order of seeds. KeyError names what there is."""
-        return self._by_seed(arm, metric, group).to_numpy()
-
-    def _by_seed(self, arm: str, metric: str, group: str) -> pd.Series:
-        r = self.rows
-        found = r[(r.arm == arm) & (r.metric == metric) & (r.group == group)].set_index("seed")["value"].sort_index()
-        if not len(found):
-            raise KeyError(
-                f"no {metric!r} of group {group!r} for arm {arm!r}; arms: {self.arms}, "
-                f"groups: {sorted(set(r.group))}, metrics: {sorted(set(r.metric))}"
-            )
-        return found
-
-    def mean(self, arm: str, metric: str, group: str = "all") -> float:
-        """Mean over seeds."""
-        return float(self.values(arm, metric, group).mean())
-
-    def interval(self, arm: str, metric: str, group: str = "all") -> Interval:
-        """Mean and 95 % t-interval over seeds."""
-        return seed_interval(self.values(arm, metric, group))
-
-    def difference(self, arm: str, other: str, metric: str, group: str = "all") -> Interval:
-        """`arm` minus `other`, paired by seed: both had the same members, so what the seeds share cancels."""
-        a, b = self._paired(arm, other, metric, group)
-        return seed_interval(a - b)
-
-    def change(self, arm: str, other: str, metric: str, group: str = "all") -> Interval:
-        """The same relative to `other`, as a fraction of it: -0.1 is a tenth less."""
-        a, b = self._paired(arm, other, metric, group)
-        return seed_interval((a - b) / b)
-
-    def _paired(self, arm: str, other: str, metric: str, group: str) -> tuple[np.ndarray, np.ndarray]:
-        a, b = self._by_seed(arm, metric, group), self._by_seed(other, metric, group)
-        if list(a.index) != list(b.index):
-            raise ValueError(
-                f"{arm!r} has {metric!r} at seeds {list(a.index)}, {other!r} at {list(b.index)}; "
-                "a difference needs the same seeds"
-            )
-        return a.to_numpy(), b.to_numpy()
-
-    def to_frame(
-        self, columns: Sequence[tuple[str, str]] = (("accuracy", "all"), ("robust", "all"), ("leak", "all")), *,
-        arms: Sequence[str] | None = None, percent: bool = True,
-    ) -> pd.DataFrame:
-        """A readable table: one row an arm, "mean ± half width of the 95 % interval" in each (metric, group) column."""
-        table = {}
-        for arm in arms or self.arms:
-            row = {}
-            for metric, group in columns:
-                label = metric if group == "all" else f"{metric}, {group}"
-                row[label] = spell(self.interval(arm, metric, group), percent=percent)
-            table[arm] = row
-        return pd.DataFrame.from_dict(table, orient="index")
+FPRS = (0.1, 0.01, 0.001)
+SHADOW_ATTACKS = ("lira_online", "lira_offline", "rmia")
+ATTACKS = (*SIGNALS, "label_robustness", *SHADOW_ATTACKS)
+UNKNOWN = "none known: outputs do not say how a model was trained"
 
 
 def audit(
-    runs: Sequence[Run], *, groups: Groups | None = None, fpr: float | None = None
+    subject, *, members=None, non_members=None, eps: float | None = None, attack=None, autoattack: int = 0,
+    groups: Mapping[str, np.ndarray] | None = None, planted: np.ndarray | None = None, guarantee: object = None,
+    independent_coins: bool = False, delta: float = 1e-5, fprs: Sequence[float] = FPRS, prior: float = 0.5, name: str = "",
+    device: str = "auto",
 ) -> AuditReport:
-    """Measure every run; runs of one arm (same name) at several seeds become its interval.
+    """Measure what a model gives away about its training set.
 
-    groups: seed -> {name: bool [N]}, the risk groups of that seed. fpr: by default the finest that the smallest run's
-    non-members resolve (of 0.1 %, 1 %, 2 %, 5 %, 10 %).
+    subject: arrays by name (see `files` for the names), `Outputs` as read from a file, or a torch.nn.Module that maps images
+    [B, C, H, W] to logits [B, K]; then members and non_members are (images, labels), eps the Linf radius of adversarial
+    queries (none if not given), attack another attack than PGD-10, autoattack how many non-members AutoAttack is run on.
+    groups: name -> bool [N]. planted: bool [N], the canaries. guarantee: what is promised, as text or a `Guarantee`.
+    independent_coins: each sample was included by an independent fair coin, so that one run bounds epsilon from below.
+    prior: the share of members among those asked about, for the precision. Raises ValueError for data that do not fit.
     """
-    runs = list(runs)
-    if not runs:
-        raise ValueError("nothing to audit: give at least one run")
-    twice = {(r.name, r.seed) for r in runs if sum((o.name, o.seed) == (r.name, r.seed) for o in runs) > 1}
-    if twice:
-        raise ValueError(f"arm and seed must name one run each, given twice: {sorted(twice)}")
-    fpr = finest_fpr(min(int((~r.members).sum(1).min()) for r in runs)) if fpr is None else fpr
-    rows, guarantees = [], {}
-    for run in runs:
-        found = measure(run, groups(run.seed) if groups else None, fpr=fpr)
-        rows += [(run.name, run.seed, group, metric, value) for (group, metric), value in found.items()]
-        guarantees[run.name] = str(run.guarantee)
-    return AuditReport(pd.DataFrame(rows, columns=["arm", "seed", "group", "metric", "value"]), fpr, guarantees)
-
-
-def merge(*reports: AuditReport) -> AuditReport:
-    """One report of several; they must share the false positive rate."""
-    if len({r.fpr for r in reports}) != 1:
-        raise ValueError(f"reports at different false positive rates cannot be merged: {[r.fpr for r in reports]}")
-    rows = pd.concat([r.rows for r in reports]).drop_duplicates(["arm", "seed", "group", "metric"])
-    return AuditReport(rows, reports[0].fpr, {arm: text for r in reports for arm, text in r.guarantees.items()})
-
-
-def verdict(claim: str, difference: Interval) -> str:
-    """What the seeds say about a claim that a positive difference would support, as one sentence with the numbers.
-
-    "Holds" and "contradicted" need the whole 95 % interval on one side of 0; else it is "not decided".
-    """
-    if difference.low is None:
-        return f"NOT DECIDED: {claim} ({100 * difference.mean:+.1f} points, one seed gives no interval)"
-    word = "HOLDS" if difference.low > 0 else "CONTRADICTED" if difference.high < 0 else "NOT DECIDED"
-    return (
-        f"{word}: {claim} ({100 * difference.mean:+.1f} points, 95 % interval {100 * difference.low:+.1f} to "
-        f"{100 * difference.high:+.1f}, {difference.n} seeds)"
+    robustness, notes = {}, []
+    if hasattr(subject, "forward") and hasattr(subject, "parameters"):
+        arrays, robustness = _ask(subject, members, non_members, eps, attack, autoattack, device)
+        outputs = outputs_from_arrays(arrays, source=name or type(subject).__name__)
+    elif members is not None or non_members is not None or eps is not None or autoattack:
+        raise ValueError("members, non_members, eps and autoattack belong to a torch.nn.Module; arrays bring their own outputs")
+    else:
+        outputs = subject if isinstance(subject, Outputs) else outputs_from_arrays(subject, source=name or "arrays")
+    finite("prior", prior, low=0, high=1)
+    fprs, member, y = tuple(sorted(fprs, reverse=True)), outputs.membership, outputs.labels
+    smallest = int((~member).sum(1).min())
+    unresolved = [f for f in fprs if f * smallest < MIN_FALSE_POSITIVES]
+    if len(unresolved) == len(fprs):
+        needed = int(np.ceil(MIN_FALSE_POSITIVES / max(fprs)))
+        raise ValueError(f"{smallest} non-members cannot resolve a false positive rate of {max(fprs):g}; bring at least {needed}")
+    if unresolved:
+        notes.append(
+            f"{smallest:,} non-members cannot resolve a false positive rate of {', '.join(f'{f:g}' for f in unresolved)} "
+            f"(at least {MIN_FALSE_POSITIVES} of them must lie above the threshold): not shown"
+        )
+    shown = tuple(f for f in fprs if f not in unresolved)
+    measured, skipped, curves, best = {}, {}, {}, None
+    for attack_name, query, scores in _scores(outputs, skipped):
+        entry, curve = _measure(scores, member, y, shown, prior, attack_name in SIGNALS and outputs.models >= 4)
+        measured.setdefault(attack_name, {})[query] = entry
+        curves[f"{attack_name} / {query}"] = curve
+        rate = entry["tpr_at_fpr"][f"{shown[-1]:g}"]["estimate"]
+        if best is None or rate > best[0]:
+            best = rate, attack_name, query, scores
+    _, attack_name, query, scores = best
+    rows = _groups(outputs, scores, shown[-1], groups or {}, skipped)
+    for row in rows:
+        row |= {"attack": attack_name, "query": query, "fpr": shown[-1]}
+    return AuditReport(
+        name=name or outputs.source, attacks=measured, utility=_utility(outputs), robustness=_robustness(outputs) | robustness,
+        groups=rows, canaries={} if planted is None else canaries(scores, member, planted, fpr=shown[-1]),
+        guarantee=UNKNOWN if guarantee is None else str(guarantee),
+        empirical=_empirical(scores, member, delta, independent_coins, skipped), skipped=skipped, curves=curves,
+        obtained=_obtained(outputs, shown, prior), warnings=[*outputs.warnings, *notes],
     )
 
 
-def spell(interval: Interval, *, percent: bool = True, digits: int = 1) -> str:
-    """'64.2 ± 5.0' (per cent) for an interval; without '±' where one seed gives none."""
-    factor = 100 if percent else 1
-    text = f"{factor * interval.mean:.{digits}f}"
-    return text if interval.low is None else f"{text} ± {factor * (interval.high - interval.mean):.{digits}f}"
+def load_weights(net, path: str | Path):
+    """Load parameters into a torch.nn.Module, from .safetensors or a checkpoint of plain tensors; never runs a pickle.
+
+    ValueError for anything else, or for names and shapes that do not fit.
+    """
+    import torch
+
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        net.load_state_dict(state.get("state_dict", state))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch and safetensors raise a dozen kinds; all mean that this file will not do
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path} does not hold weights for this network, as safetensors or plain tensors ({first})") from None
+    return net
+
+
+def _ask(net, members, non_members, eps, attack, autoattack: int, device: str) -> tuple[dict, dict]:
+    """The outputs of one torch model on its members and on others, in the names of the file format."""
+    import torch
+
+    from demem_lab.attacks import PGD, check_query, frozen, predictions, withstands
+    from demem_lab.attacks import autoattack as judge
+    from demem_lab.farm import device as on
+
+    if members is None or non_members is None:
+        raise ValueError("a model alone cannot be audited: give members=(images, labels) and non_members=(images, labels)")
+    integer("autoattack", autoattack, low=0, high=len(non_members[0]), fix="it is a number of non-members")
+    if autoattack and eps is None:
+        raise ValueError("AutoAttack needs a radius: give eps in pixel units of [0, 1]")
+    attack = attack or (PGD(eps, 10, random_start=False) if eps is not None else None)
+    where, arrays, robustness = on(device), {}, {}
+    net = net.to(where)
+    for side, (x, y) in (("member", members), ("nonmember", non_members)):
+        x, y = torch.as_tensor(x).to(where), torch.as_tensor(y).to(where)
+        check_query(net, x, y)
+        clean, moved, withstood = [], [], []
+        for start in range(0, len(x), 256):
+            part, label = x[start : start + 256], y[start : start + 256]
+            with frozen(net), torch.no_grad():
+                clean.append(net(part).float().cpu())
+            if attack is not None:
+                z = attack(net, part, label)
+                with frozen(net), torch.no_grad():
+                    moved.append(net(z).float().cpu())
+                if side == "nonmember":
+                    strong = replace(attack, steps=2 * attack.steps, restarts=2, random_start=True)
+                    rng = torch.Generator(where).manual_seed(0)
+                    withstood.append(withstands(net, part, label, [attack, strong], rng=rng).cpu())
+        arrays |= {f"{side}_logits": torch.cat(clean).numpy(), f"{side}_labels": y.cpu().numpy()}
+        arrays[f"{side}_inputs"] = x.cpu().numpy()
+        if moved:
+            arrays[f"{side}_adv_logits"] = torch.cat(moved).numpy()
+        if withstood:
+            robustness["non-members under the query attack and PGD with restarts"] = float(torch.cat(withstood).double().mean())
+        if side == "nonmember" and autoattack:
+            part, label = x[:autoattack], y[:autoattack]
+            moved_far = judge(net, part, label, eps=eps)
+            ok = (predictions(net, part) == label) & (predictions(net, moved_far) == label)
+            robustness[f"AutoAttack, the first {autoattack} non-members"] = float(ok.double().mean())
+    return arrays, robustness
+
+
+def _scores(outputs: Outputs, skipped: dict[str, str]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(attack, query, scores [M, N]) of every attack that these outputs allow; one at a time, to save memory."""
+    y, member = outputs.labels, outputs.membership
+    tables = {"clean": outputs.logits} | ({} if outputs.adv_logits is None else {"adversarial": outputs.adv_logits})
+    if outputs.adv_logits is None:
+        skipped["adversarial queries"] = "no outputs on adversarial inputs were given; robust models leak more to those"
+    for query, table in tables.items():
+        for name, signal in SIGNALS.items():
+            yield name, query, signal(table, y)
+        yield "label_robustness", query, label_robustness([outputs.logits] + ([table] if query == "adversarial" else []), y)
+    why = _no_shadows(member)
+    if why:
+        skipped["LiRA and RMIA"] = why
+        return
+    margins = {query: logit_margin(table, y) for query, table in tables.items()}
+    for query, table in tables.items():
+        yield "lira_online", query, lira(margins[query], member)
+        yield "lira_offline", query, lira(margins[query], member, online=False)
+        yield "rmia", query, rmia(confidence(table, y), member)
+    if len(tables) > 1:
+        yield "lira_online", "combined", lira(np.stack(list(margins.values())), member)
+
+
+def _no_shadows(member: np.ndarray) -> str:
+    """Why the attacks with shadow models cannot be run; empty when they can."""
+    models = len(member)
+    if models < 4:
+        return f"they need shadow models: outputs of at least 4 models trained on known parts of the data, got {models}"
+    other = twins(member)
+    for who, side in ((member, "with"), (~member, "without")):
+        count = who.sum(0) - who
+        has = other >= 0
+        count[has] -= who[other[has]]
+        if count.min() < 1:
+            return f"some sample has no other model {side} it, beside the target and its twin; train in complementary halves"
+    return ""
+
+
+def _measure(scores, member, y, fprs, prior: float, classes: bool) -> tuple[dict, dict]:
+    """What one attack achieves, as plain numbers, and its mean ROC."""
+    smallest = MIN_FALSE_POSITIVES / int((~member).sum(1).min())
+    grid = np.geomspace(min(smallest, 1.0), 1, 60)
+    everything = evaluate(scores, member, fprs=(*fprs, *grid))
+    found = replace(everything, fprs=tuple(fprs), tpr=everything.tpr[:, : len(fprs)])
+    rates = {f"{f:g}": found.over_targets(f) for f in fprs}
+    entry = {
+        "auc": float(found.auc.mean()), "balanced_accuracy": float(found.balanced_accuracy.mean()),
+        "balanced_accuracy_held_out": float(held_out_accuracy(scores, member).mean()),
+        "balanced_accuracy_by_class_held_out": float(held_out_accuracy(scores, member, y=y).mean()),
+        "tpr_at_fpr": {f: {"estimate": r.mean, "low": max(0.0, r.low), "high": min(1.0, r.high)} for f, r in rates.items()},
+        "precision_at_prior": {"prior": prior, **{f"{f:g}": found.precision(f, prior=prior) for f in fprs}},
+        "members": int(found.members.min()), "non_members": int(found.non_members.min()), "targets": len(found.auc),
+    }
+    if classes:
+        own = evaluate(by_class(scores, y, member), member, fprs=fprs)
+        entry["by_class"] = {"auc": float(own.auc.mean()), "tpr_at_fpr": {f"{f:g}": own.tpr_at(f) for f in fprs}}
+    curve = everything.tpr[:, len(fprs) :].mean(0)
+    return entry, {"fpr": grid.tolist(), "tpr": curve.tolist()}
+
+
+def _groups(outputs: Outputs, scores: np.ndarray, fpr: float, given: Mapping[str, np.ndarray], skipped) -> list[dict]:
+    """Who is found by the strongest attack: by class, by the groups given, and by risk where it can be scored apart."""
+    member, rows = outputs.membership, []
+
+    def add(kind: str, scores, member, groups) -> None:
+        table = by_group(scores, member, groups, fpr=fpr)
+        for group, row in table.iterrows():
+            rows.append({
+                "kind": kind, "group": str(group), "members": int(row["members"]), "auc": float(row["auc"]),
+                "found": float(row["found"]), "low": float(row["low (pooled)"]), "high": float(row["high (pooled)"]),
+            })
+
+    add("class", scores, member, outputs.labels)
+    if given:
+        add("group", scores, member, given)
+    half = _two_halves(member)
+    if half is None:
+        skipped["groups by risk"] = "risk is scored on other models than those attacked: that takes 8, in complementary halves"
+    else:
+        table = outputs.logits if outputs.adv_logits is None else outputs.adv_logits
+        tenth = deciles(memorization(confidence(table[half], outputs.labels), member[half]).score)
+        add("risk (scored on the other half of the models)", scores[~half], member[~half], {
+            f"tenth {g + 1}": tenth == g for g in range(10)
+        })
+    return rows
+
+
+def _two_halves(member: np.ndarray) -> np.ndarray | None:
+    """bool [M]: half of the models, twins together, so that each half has every sample on both sides; None if impossible."""
+    other = twins(member)
+    if len(member) < 8 or (other < 0).any():
+        return None
+    pairs = [m for m in range(len(member)) if m < other[m]]
+    half = np.zeros(len(member), dtype=bool)
+    for m in pairs[: len(pairs) // 2]:
+        half[[m, other[m]]] = True
+    return half
+
+
+def _utility(outputs: Outputs) -> dict[str, float]:
+    right, member = outputs.logits.argmax(-1) == outputs.labels, outputs.membership
+    inside, outside = float(right[member].mean()), float(right[~member].mean())
+    return {"accuracy, non-members": outside, "accuracy, members": inside, "gap": inside - outside}
+
+
+def _robustness(outputs: Outputs) -> dict[str, float]:
+    if outputs.adv_logits is None:
+        return {}
+    both = (outputs.logits.argmax(-1) == outputs.labels) & (outputs.adv_logits.argmax(-1) == outputs.labels)
+    return {
+        "non-members, clean and on the adversarial inputs given": float(both[~outputs.membership].mean()),
+        "members, clean and on the adversarial inputs given": float(both[outputs.membership].mean()),
+    }
+
+
+def _empirical(scores, member, delta: float, coins: bool, skipped) -> dict:
+    """A lower bound on epsilon from the first target's scores, where the design allows one."""
+    n = member.shape[1]
+    if not coins or n < 1000:
+        skipped["empirical epsilon"] = (
+            f"one run needs at least 1,000 samples, each included by an independent fair coin; there are {n:,}" if coins else
+            "one run bounds epsilon only where each sample was included by an independent fair coin (say independent_coins=True)"
+        )
+        return {}
+    bounds = [one_run_bound(s, m, delta=delta) for s, m in zip(scores, member, strict=True)]
+    bound = sorted(bounds, key=lambda b: b.epsilon)[(len(bounds) - 1) // 2]
+    return {
+        "epsilon_at_least": bound.epsilon, "delta": delta, "confidence": bound.confidence, "text": str(bound),
+        "targets": len(bounds), "condition": "median over targets; every sample included by an independent fair coin",
+    }
+
+
+def _obtained(outputs: Outputs, fprs, prior: float) -> dict:
+    content = hashlib.sha256(np.ascontiguousarray(outputs.logits).tobytes())
+    for part in (outputs.labels, outputs.membership, outputs.adv_logits):
+        content.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
+    return {
+        "source": outputs.source, "models": outputs.models, "samples": outputs.n, "classes": outputs.classes,
+        "from_probabilities": outputs.from_probabilities, "content": content.hexdigest()[:32], "fprs": list(fprs),
+        "prior": prior, "demem_lab": __version__, "numpy": np.__version__,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "intervals": "Clopper-Pearson over the members of one target" if outputs.models == 1 else
+                     "t-interval over targets, which share samples and references: too narrow for another draw of the data",
+    }

@@ -20,7 +20,7 @@ import torch
 from scipy import stats
 
 from demem_lab import attacks, risk
-from demem_lab.membership import evaluate, seed_interval
+from demem_lab.leakage import evaluate, seed_interval
 from demem_lab.models import MLP
 
 

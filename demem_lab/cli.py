@@ -2,6 +2,7 @@
 
     demem-lab run 05 --profile smoke -p noise_multiplier=1.0
     demem-lab tour
+    demem-lab report outputs.npz --html audit.html
 """
 
 from __future__ import annotations
@@ -56,6 +57,45 @@ def tour(
     for path in paths:
         _refuse_bad(lambda path=path: runner.check(path, {"profile": profile}))
     raise typer.Exit(run_all(paths, out, {"profile": profile}, strict=True))
+
+
+@app.command("report")
+def report_command(
+    files: Annotated[list[Path], typer.Argument(help="outputs of a model: .npz, .safetensors, .csv or a folder of .npy files")],
+    html: Annotated[Path | None, typer.Option(help="write one HTML page here")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="write the numbers here")] = None,
+    fpr: Annotated[list[float] | None, typer.Option(help="a false positive rate, may be repeated")] = None,
+    guarantee: Annotated[str, typer.Option(help="what the training promised, in words, to stand in the report")] = "",
+) -> None:
+    """Audit outputs from files, without a notebook; exit status 2 for a file that cannot be believed."""
+    from demem_lab import audit as auditing
+    from demem_lab.files import read
+    from demem_lab.report import page
+
+    reports = []
+    for file in files:
+        try:
+            made = auditing.audit(read(file), fprs=tuple(fpr or auditing.FPRS), guarantee=guarantee or None, name=file.name)
+        except (ValueError, FileNotFoundError) as error:
+            _stop(f"{file}: {error}")
+        reports.append(made)
+        print(f"{file.name}: {made.summary()}")
+        for text in made.warnings:
+            print(f"  note: {text}")
+        for what, why in made.skipped.items():
+            print(f"  not done: {what}: {why}")
+    for target, content in ((html, lambda: page(reports)), (json_out, lambda: to_json(reports))):
+        if target is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(content(), encoding="utf-8")
+            print(f"wrote {target}")
+
+
+def to_json(reports: Sequence) -> str:
+    """One report as it is, several under "reports" by name."""
+    if len(reports) == 1:
+        return reports[0].to_json()
+    return json.dumps({"reports": {report.name: json.loads(report.to_json()) for report in reports}}, indent=1)
 
 
 def find(name: str) -> list[Path]:

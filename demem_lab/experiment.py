@@ -26,11 +26,12 @@ from demem_lab import data, risk, training
 from demem_lab.attacks import PGD, margin
 from demem_lab.data import Dataset
 from demem_lab.mechanisms import DPSGD, Guarantee, Mechanism, Plain
-from demem_lab.membership import confidence, lira, logit_margin
+from demem_lab.membership import lira
 from demem_lab.models import MLP, SmallCNN, Spec
 from demem_lab.objectives import PGDAT, Objective
 from demem_lab.optimizers import SGD
 from demem_lab.sampling import Poisson
+from demem_lab.signals import confidence, logit_margin
 from demem_lab.store import Store
 from demem_lab.streams import key, model_seeds
 from demem_lab.training import Recipe
@@ -58,6 +59,7 @@ class Run:
     sampling_rate: float
     flagged: np.ndarray | None = None  # bool [N] who was treated
     trace: np.ndarray | None = None  # [M, epochs, N]
+    gradient_norms: np.ndarray | None = None  # [M, N] on adversarial examples, kept with the trace
     fresh: bool = True  # False when it came from the store
 
     @property
@@ -173,7 +175,7 @@ class Experiment:
         return Run(
             name, seed, self.dataset.y.numpy(), members.numpy(), entry.arrays["clean"], entry.arrays["adversarial"],
             entry.arrays["robust"], guarantee, steps, rate, None if flagged is None else np.asarray(flagged),
-            entry.arrays.get("trace"), entry.fresh,
+            entry.arrays.get("trace"), entry.arrays.get("gradient_norms"), entry.fresh,
         )
 
     def _config(self, recipe: Recipe, members, seeds: Sequence[int], trace: bool = False) -> dict:
@@ -191,12 +193,16 @@ class Experiment:
         moved = training.outputs(ensemble, self.dataset, attack=self.query, device=self.device)
         # heavy noise blows logits up until cross-entropy is flat and PGD stands still: robust only by blindness.
         # The margin loss cannot be blinded that way, so a sample counts as robust when both attacks fail.
-        seeing = training.outputs(ensemble, self.dataset, attack=self.query, loss=margin, device=self.device)
         y = self.dataset.y.numpy()
-        robust = np.logical_and.reduce([table.argmax(-1) == y for table in (clean, moved, seeing)])
+        robust = (clean.argmax(-1) == y) & (moved.argmax(-1) == y)
+        seeing = training.outputs(
+            ensemble, self.dataset, attack=self.query, loss=margin, device=self.device, only=robust
+        )  # whoever is fooled already is decided
+        robust &= seeing.argmax(-1) == y
         arrays = {"clean": clean, "adversarial": moved, "robust": robust}
         if trace:
-            arrays["trace"] = ensemble.trace
+            norms = training.gradient_norms(ensemble, self.dataset, attack=self.query, device=self.device)
+            arrays |= {"trace": ensemble.trace, "gradient_norms": norms}
         return arrays, {"steps": ensemble.steps, "sampling_rate": ensemble.sampling_rate}
 
     def _each_seed(self, name: str, how: Callable[[Flags | None], Mechanism | None], flagged: dict, **changes) -> list[Run]:

@@ -50,11 +50,14 @@ class Layer(nn.Module):
 
 
 class Linear(Layer):
-    """[M, B, inputs] -> [M, B, outputs]; weight [M, inputs, outputs], bias [M, outputs]."""
+    """[M, B, inputs] -> [M, B, outputs]; weight [M, inputs, outputs], bias [M, outputs].
 
-    def __init__(self, models: int, inputs: int, outputs: int) -> None:
+    `gain` scales the initial weights.
+    """
+
+    def __init__(self, models: int, inputs: int, outputs: int, *, gain: float = 1.0) -> None:
         super().__init__(models)
-        self.inputs, self.outputs = inputs, outputs
+        self.inputs, self.outputs, self.gain = inputs, outputs, gain
         self.weight = nn.Parameter(torch.empty(models, inputs, outputs))
         self.bias = nn.Parameter(torch.zeros(models, outputs))
 
@@ -64,7 +67,7 @@ class Linear(Layer):
     def initialise(self, streams: Streams) -> None:
         with torch.no_grad():
             flat = streams.normal(self.inputs * self.outputs)
-            self.weight.copy_(flat.view_as(self.weight) * math.sqrt(2 / self.inputs))  # He et al. 2015
+            self.weight.copy_(flat.view_as(self.weight) * (self.gain * math.sqrt(2 / self.inputs)))  # He et al. 2015
             self.bias.zero_()
 
     def sample_norms(self, deltas: list[Tensor]) -> Tensor:

@@ -225,11 +225,11 @@ class SelectiveDP(Mechanism):
             gradients.update(zip(layer.parameters(), layer.weighted_gradients(own, weights), strict=True))
         noise_std = self._noise_std(batch, models, losses)
         sums = [gradients[p] for p in net.parameters()]
-        if bool((noise_std > 0).any()):
-            sizes = [s[0].numel() for s in sums]
-            noise = batch.noise.normal(sum(sizes)).to(losses.dtype) * noise_std[:, None]
-            sums = [s + part.view_as(s) for s, part in zip(sums, noise.split(sizes, 1), strict=True)]
-        return [s / batch.divisor for s in sums]
+        if not bool((noise_std > 0).any()):
+            return [s / batch.divisor for s in sums]
+        sizes = [s[0].numel() for s in sums]
+        noise = batch.noise.normal(sum(sizes)).to(losses.dtype).mul_(noise_std[:, None] / batch.divisor)
+        return [part.view_as(s).add_(s, alpha=1 / batch.divisor) for s, part in zip(sums, noise.split(sizes, 1), strict=True)]
 
     def _clip_factors(self, by_layer, batch: Batch, losses: Tensor) -> Tensor:
         norms = sum(layer.sample_norms(own) for layer, own in by_layer).clamp_min(0).sqrt()  # [M, B]

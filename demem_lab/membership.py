@@ -1,59 +1,28 @@
-"""Who was in the training set? Signals, attacks and their measures, on plain arrays.
+"""Who was in the training set? Attacks that turn signals into scores, on plain arrays.
 
-Every model of an ensemble serves as the target in turn; the others are the attacker's shadow models. Nothing here knows
-how a model was trained, so anybody's outputs can be audited.
+The simplest attack is a signal itself, as a score with one threshold for all (confidence, loss, entropy, ...: `signals`).
+The others calibrate it: every model of an ensemble serves as the target in turn, the others are the attacker's shadow
+models. Nothing here knows how a model was trained, so anybody's outputs can be audited.
 
->>> phi = logit_margin(logits, y)                       # [M, N] from logits [M, N, K]
->>> leakage = evaluate(lira(phi, member), member)       # member bool [M, N]
->>> leakage.tpr_at(0.01), leakage.auc.mean()            # doctest: +SKIP
+>>> phi = logit_margin(logits, y)                       # [M, N] from logits [M, N, K]          # doctest: +SKIP
+>>> leakage = evaluate(lira(phi, member), member)       # member bool [M, N]                    # doctest: +SKIP
 
 Leave one out: the references of a target exclude the target AND its complementary twin (the model trained on exactly the
 other samples). Keeping the twin would give every member one out-reference more than it gives non-members, which is
 enough to make non-members look like members.
-Sources: LiRA (Carlini et al. 2022), RMIA (Zarifzadeh et al. 2024), confidence (Yeom et al. 2018).
+Sources: LiRA (Carlini et al. 2022), RMIA (Zarifzadeh et al. 2024), thresholds by class (Song & Mittal 2021).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
-from scipy import stats
-from scipy.special import log_softmax, logsumexp
 
 from demem_lab.validate import choice, finite
 
 PRIOR_DEGREES = 8.0  # how many observations the pooled variance counts for in the shrunk variance
 VARIANCE_FLOOR = 1e-6
-MIN_FALSE_POSITIVES = 5  # a rate is shown only where at least this many false positives are expected
-
-
-def cross_entropy(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """-log p_y [M, N] in float64, from logits [M, N, K] and labels [N]."""
-    return -_pick(log_softmax(_array(logits), axis=-1), y)
-
-
-def confidence(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """p_y [M, N], the probability given to the right label."""
-    return np.exp(-cross_entropy(logits, y))
-
-
-def logit_margin(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """log p_y - log(1 - p_y) [M, N], LiRA's signal, straight from the logits: exact where p_y rounds to 0 or 1."""
-    z = _array(logits).copy()
-    right = _pick(z, y)
-    index = np.broadcast_to(np.asarray(y)[..., None], (*z.shape[:-1], 1))
-    np.put_along_axis(z, index, -np.inf, axis=-1)
-    return right - logsumexp(z, axis=-1)
-
-
-def margin_from_probability(p: np.ndarray, *, smallest: float = 1e-15) -> np.ndarray:
-    """The same from probabilities p_y, when there are no logits. Values are cut to [smallest, 1 - smallest], so that
-    everything beyond about 34.5 looks alike: use logits where you can."""
-    p = np.clip(_array(p), smallest, 1 - smallest)
-    return np.log(p) - np.log1p(-p)
 
 
 def twins(member: np.ndarray) -> np.ndarray:
@@ -64,7 +33,8 @@ def twins(member: np.ndarray) -> np.ndarray:
 
 
 def lira(
-    signal: np.ndarray, member: np.ndarray, *, variance: str = "shrunk", online: bool = True, leave_twin_out: bool = True
+    signal: np.ndarray, member: np.ndarray, *, variance: str = "shrunk", online: bool = True, leave_twin_out: bool = True,
+    references: np.ndarray | None = None,
 ) -> np.ndarray:
     """Likelihood-ratio attack: scores [M, N], higher = more likely a member.
 
@@ -72,15 +42,20 @@ def lira(
     references ("per_sample"), of all samples together ("pooled"), or the own one shrunk towards the pooled one
     ("shrunk": (own sum of squares + 8 pooled) / (own degrees of freedom + 8), the mean of an inverse-gamma posterior).
     online: log N(signal; in) - log N(signal; out); offline: one-sided z = (signal - mean out) / std out.
+    references: the shadow models' signals, shaped like signal and trained on the same member lists, where they are not the
+    targets themselves: the naive attacker, whose shadow models lack the defence. It exists to show how far that misleads.
     leave_twin_out=False is wrong for balanced designs and exists to show how wrong.
     Raises ValueError when there are too few models for the variance asked for.
     """
     choice("variance", variance, ("shrunk", "per_sample", "pooled"))
     signal, member = _checked(signal, member)
+    shadows = signal if references is None else _checked(references, member)[0]
+    if shadows.shape != signal.shape:
+        raise ValueError(f"references must be shaped like the signal, {list(signal.shape)}, got {list(shadows.shape)}")
     other = twins(member) if leave_twin_out else np.full(len(member), -1)
     total = np.zeros(member.shape)
-    for query in signal:
-        inside, outside = _moments(query, member, other), _moments(query, ~member, other)
+    for query, shadow in zip(signal, shadows, strict=True):
+        inside, outside = _moments(shadow, member, other), _moments(shadow, ~member, other)
         for name, m in (("in", inside), ("out", outside)):
             needed = 2 if variance == "per_sample" else 1
             if m.count.min() < needed and (online or name == "out"):
@@ -130,112 +105,45 @@ def rmia(
     return np.array(count) / population.sum()
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its interval; low and high are None where one value gives none."""
+def by_class(signal: np.ndarray, y: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """One threshold for each class, chosen on the shadow models: scores [M, N] from a signal [M, N] and labels [N].
 
-    mean: float
-    low: float | None
-    high: float | None
-    n: int
-
-
-@dataclass(frozen=True)
-class Leakage:
-    """What an attack achieves against each of M targets."""
-
-    fprs: tuple[float, ...]
-    auc: np.ndarray  # [M]
-    tpr: np.ndarray  # [M, F] at thresholds with at most that share of false positives
-    balanced_accuracy: np.ndarray  # [M] at the best threshold on these very scores: optimistic
-    members: np.ndarray  # int [M]
-    non_members: np.ndarray  # int [M]
-
-    @property
-    def resolved(self) -> np.ndarray:
-        """bool [F]: enough non-members for this rate to mean something (5 expected false positives)."""
-        return np.array(self.fprs) * self.non_members.min() >= MIN_FALSE_POSITIVES
-
-    def tpr_at(self, fpr: float) -> float | None:
-        """Mean true positive rate over the targets; None where the rate cannot be resolved."""
-        column = self._column(fpr)
-        return float(self.tpr[:, column].mean()) if self.resolved[column] else None
-
-    def interval(self, fpr: float, *, model: int, level: float = 0.95) -> Interval:
-        """Clopper-Pearson interval of one model's true positive rate (its members are the trials)."""
-        n, rate = int(self.members[model]), float(self.tpr[model, self._column(fpr)])
-        found = stats.binomtest(round(rate * n), n).proportion_ci(level, method="exact")
-        return Interval(rate, float(found.low), float(found.high), n)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row a model; unresolved rates are missing, not numbers."""
-        columns = {"auc": self.auc, "balanced accuracy (optimistic)": self.balanced_accuracy, "members": self.members}
-        frame = pd.DataFrame({**columns, "non-members": self.non_members})
-        for f, fpr in enumerate(self.fprs):
-            frame[f"TPR at {fpr:.1%} FPR"] = self.tpr[:, f] if self.resolved[f] else pd.NA
-        return frame
-
-    def _column(self, fpr: float) -> int:
-        return self.fprs.index(choice("fpr", fpr, self.fprs))
-
-
-def evaluate(
-    scores: np.ndarray, member: np.ndarray, *, fprs: Sequence[float] = (0.1, 0.01, 0.001), subset: np.ndarray | None = None
-) -> Leakage:
-    """ROC measures of scores [M, N] for each target; `subset` bool [N] restricts the members that count.
-
-    Thresholds are global: they come from ALL non-members of the model, also for a subset.
+    The score is the share of the target's out-references OF THE SAME CLASS that lie below the sample's signal (ties count
+    half), so that one threshold on it is one threshold for each class on the signal, with the same false positive rate in
+    all of them. Source: Song & Mittal 2021, section 3.2. Raises ValueError when a class has no out-reference.
     """
-    scores, member = _array(scores), np.asarray(member, dtype=bool)
-    if scores.shape != member.shape or scores.ndim != 2:
-        raise ValueError(f"scores and member must both be [M, N], got {list(scores.shape)} and {list(member.shape)}")
-    if np.isnan(scores).any():
-        raise ValueError("scores contain NaN; check the signals they were computed from")
-    inside = member if subset is None else member & np.asarray(subset, dtype=bool)
-    if not inside.any(1).all() or member.all(1).any():
-        raise ValueError("every model needs at least one member (of the subset) and one non-member")
-    auc, tpr, balanced = [], [], []
-    for s, m, chosen in zip(scores, member, inside, strict=True):
-        positive, negative = np.sort(s[chosen]), np.sort(s[~m])
-        below = np.searchsorted(negative, positive, side="left")
-        ties = np.searchsorted(negative, positive, side="right") - below
-        auc.append((below + ties / 2).mean() / len(negative))
-        # the highest score that more than fpr * n non-members reach; only what lies strictly above it is called a member
-        places = [len(negative) - 1 - int(np.floor(f * len(negative) + 1e-9)) for f in fprs]
-        tpr.append([1.0 if i < 0 else (positive > negative[i]).mean() for i in places])
-        grid = np.concatenate([positive, [np.inf]])
-        true = 1 - np.searchsorted(positive, grid) / len(positive)
-        false = 1 - np.searchsorted(negative, grid) / len(negative)
-        balanced.append(((true + 1 - false) / 2).max())
-    counts = inside.sum(1), (~member).sum(1)
-    return Leakage(tuple(fprs), np.array(auc), np.array(tpr), np.array(balanced), *counts)
+    signal, member = _checked(signal, member)
+    signal, y, other, out = signal[0], np.asarray(y), twins(member), np.zeros(member.shape)
+    if y.shape != member.shape[1:]:
+        raise ValueError(f"labels must be [N] = [{member.shape[1]}], got {list(y.shape)}")
+    for label in np.unique(y):
+        at = np.flatnonzero(y == label)
+        values, outside = signal[:, at], ~member[:, at]
+        everyone = np.sort(values[outside])
+        own = [np.sort(v[o]) for v, o in zip(values, outside, strict=True)]
+        for m, x in enumerate(values):
+            left_out = [own[m]] + ([own[other[m]]] if other[m] >= 0 else [])
+            size = len(everyone) - sum(map(len, left_out))
+            if size < 1:
+                raise ValueError(f"class {label} has no out-reference for model {m}; train more models, or merge classes")
+            out[m, at] = (_midrank(everyone, x) - sum(_midrank(part, x) for part in left_out)) / size
+    return out
 
 
-def roc(scores: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rates of one target (scores [N], member [N])."""
-    from sklearn.metrics import roc_curve
+def treated_inference(signal: np.ndarray, references: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """Who of the members was treated (protected, dropped)? Scores [M, N], NaN for non-members; higher = more likely.
 
-    fpr, tpr, _ = roc_curve(np.asarray(member, dtype=bool), _array(scores), drop_intermediate=False)
-    return fpr, tpr
-
-
-def mean_roc(scores: np.ndarray, member: np.ndarray, *, points: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """The ROC averaged over targets on a logarithmic grid of those false positive rates that can be resolved."""
-    smallest = MIN_FALSE_POSITIVES / int((~np.asarray(member, dtype=bool)).sum(1).min())
-    if smallest >= 1:
-        raise ValueError(f"fewer than {MIN_FALSE_POSITIVES} non-members cannot resolve any false positive rate")
-    grid = np.geomspace(smallest, 1, points)
-    return grid, evaluate(scores, member, fprs=tuple(grid)).tpr.mean(0)
-
-
-def seed_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
-    """Mean and t-interval over seeds; one value has no interval."""
-    values = _array(values)
-    n, mean = len(values), float(values.mean())
-    if n < 2:
-        return Interval(mean, None, None, n)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n)
+    signal [M, N] of the defended models, references [M, N] of undefended models with the same member lists. A treated member
+    looks less like a member than undefended models would have made it: the score is how many standard deviations less. A
+    protected set that was chosen from the data is itself something to hide; this measures how badly it is hidden.
+    """
+    signal, member = _checked(signal, member)
+    shadows = _checked(references, member)[0]
+    inside = _moments(shadows[0], member, twins(member))
+    if inside.count.min() < 1:
+        raise ValueError("an in-reference is needed for every sample and target; train at least 4 models in complementary halves")
+    spread = np.sqrt(_variances(inside, "shrunk")) if inside.degrees else 1.0  # one reference each has no spread
+    return np.where(member, (inside.mean - signal[0]) / spread, np.nan)
 
 
 @dataclass(frozen=True)
@@ -289,10 +197,13 @@ def _checked(signal: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.nda
     return signal, member
 
 
-def _pick(table: np.ndarray, y: np.ndarray) -> np.ndarray:
-    index = np.broadcast_to(np.asarray(y)[..., None], (*table.shape[:-1], 1))
-    return np.take_along_axis(table, index, axis=-1)[..., 0]
-
-
 def _array(x) -> np.ndarray:
     return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=np.float64)
+
+
+def _midrank(ordered: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """How many of `ordered` lie below x, ties counted half."""
+    order = np.argsort(x)  # neighbours in order are neighbours in memory: several times faster
+    x, out = x[order], np.empty(len(x))
+    out[order] = (np.searchsorted(ordered, x, side="left") + np.searchsorted(ordered, x, side="right")) / 2
+    return out

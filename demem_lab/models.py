@@ -28,6 +28,10 @@ from demem_lab.layers import BatchNorm, Conv, GroupNorm, Layer, Linear
 from demem_lab.streams import Streams
 from demem_lab.validate import integer
 
+# Initial logits of a convolutional network are kept near 0: from large ones, adversarial training on CIFAR-10 first has to
+# unlearn a confidence that means nothing, and often ends in a constant answer.
+OUT_GAIN = 0.1
+
 
 class Network(nn.Module):
     """M classifiers of one architecture; `models` is M, `has_batch_norm` says whether samples of a batch interact."""
@@ -93,7 +97,7 @@ class MLP:
 
 @dataclass(frozen=True)
 class SmallCNN:
-    """Three 3x3 convolutions with GroupNorm, then one hidden layer; strides follow the image size."""
+    """Three 3x3 convolutions with GroupNorm, then one hidden layer; strides and pooling follow the image size."""
 
     width: int = 16
     hidden: int = 64
@@ -152,13 +156,17 @@ class _Convolutional(Network):
         height, width = shape[1:]
         for s in strides:
             height, width = -(-height // s), -(-width // s)
+        # 2,048 unnormalised features into one layer make its steps so long that adversarial training kills its ReLUs
+        self.pool = 2 if shape[1] > 16 else 1
+        height, width = height // self.pool, width // self.pool
         self.hidden = Linear(models, 2 * w * height * width, spec.hidden)
-        self.out = Linear(models, spec.hidden, classes)
+        self.out = Linear(models, spec.hidden, classes, gain=OUT_GAIN)
 
     def body(self, x: Tensor) -> Tensor:
         h = _side_by_side(x, self.models)
         for conv, norm in zip(self.conv, self.norm, strict=True):
             h = F.relu(norm(conv(h)))
+        h = F.avg_pool2d(h, self.pool) if self.pool > 1 else h
         h = h.unflatten(1, (self.models, -1)).transpose(0, 1).flatten(2)  # [M, B, features]
         return self.out(F.relu(self.hidden(h))).flatten(0, 1)
 
@@ -194,7 +202,7 @@ class _Residual(Network):
             blocks.append(_Block(models, inputs, outputs, stride, norm))
             inputs = outputs
         self.blocks = nn.Sequential(*blocks)
-        self.out = Linear(models, inputs, classes)
+        self.out = Linear(models, inputs, classes, gain=OUT_GAIN)
 
     def body(self, x: Tensor) -> Tensor:
         h = F.relu(self.stem_norm(self.stem(_side_by_side(x, self.models))))

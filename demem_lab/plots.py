@@ -17,8 +17,8 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.subplots import make_subplots
 
-from demem_lab.audit import METRICS, AuditReport
-from demem_lab.membership import Interval
+from demem_lab.comparison import METRICS, Comparison
+from demem_lab.leakage import Interval
 
 if "google.colab" not in sys.modules:
     pio.renderers.default = "plotly_mimetype"
@@ -77,7 +77,7 @@ def forest(
 
 
 def arms(
-    report: AuditReport, metrics: Sequence[str], *, group: str = "all", names: Sequence[str] | None = None,
+    report: Comparison, metrics: Sequence[str], *, group: str = "all", names: Sequence[str] | None = None,
     title: str = "",
 ) -> go.Figure:
     """Means and 95 % intervals over seeds, a panel for each metric, a row for each arm."""
@@ -97,7 +97,7 @@ def arms(
 
 
 def by_group(
-    report: AuditReport, metric: str, groups: Sequence[str], *, names: Sequence[str] | None = None, title: str = ""
+    report: Comparison, metric: str, groups: Sequence[str], *, names: Sequence[str] | None = None, title: str = ""
 ) -> go.Figure:
     """One metric by risk group: a bar for each arm in each group, with intervals over seeds."""
     figure = go.Figure()
@@ -115,7 +115,7 @@ def by_group(
 
 
 def frontier(
-    report: AuditReport, *, x: str = "robust", y: str = "leak", group: str = "all", y_group: str = "", title: str = "",
+    report: Comparison, *, x: str = "robust", y: str = "leak", group: str = "all", y_group: str = "", title: str = "",
     names: Sequence[str] | None = None,
 ) -> go.Figure:
     """Every arm as a point with intervals: what it keeps (x) against what it leaks (y). Best is bottom right."""

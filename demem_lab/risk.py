@@ -10,12 +10,14 @@ A sample is memorized when models that trained on it get it right and models tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
-from demem_lab.membership import Interval
+from demem_lab.leakage import Interval
 from demem_lab.validate import finite, integer
 
 
@@ -27,6 +29,17 @@ class MemorizationScore:
     standard_error: np.ndarray
     in_models: np.ndarray
     out_models: np.ndarray
+
+    def models_needed(self, standard_error: float, *, share: float = 0.95) -> int:
+        """How many models give at least `share` of the samples a standard error of at most `standard_error`.
+
+        From the spread seen so far: the error falls as 1 / sqrt(models). An even number, for complementary halves.
+        """
+        finite("standard_error", standard_error, low=1e-6, high=1)
+        finite("share", share, low=0, high=1)
+        times = (self.standard_error / standard_error) ** 2  # as many models as these, to get there
+        wanted = np.quantile((self.in_models + self.out_models) * times, share, method="higher")
+        return max(4, int(2 * np.ceil(wanted / 2 - 1e-9)))
 
 
 def memorization(p: np.ndarray, member: np.ndarray) -> MemorizationScore:
@@ -79,6 +92,32 @@ def early_loss(trace: np.ndarray, *, epochs: int) -> np.ndarray:
     if not seen.any((0, 1)).all():
         raise ValueError(f"{int((~seen.any((0, 1))).sum())} samples were not drawn in {epochs} epochs; take more epochs")
     return np.where(seen, early, 0).sum((0, 1)) / seen.sum((0, 1))
+
+
+def out_of_sample(signal: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """Mean [N] of a signal [M, N] (a loss, say) over the models that did NOT train on the sample: cross-fitting.
+
+    Two models on complementary halves are enough: each judges the other's half. Raises ValueError for a sample that is a
+    member of all models.
+    """
+    return _mean_over(signal, ~np.asarray(member, dtype=bool), "a member of every model; use complementary halves")
+
+
+def in_sample(signal: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """Mean [N] of a signal [M, N] (adversarial loss, gradient norm) over the models that trained on the sample."""
+    return _mean_over(signal, np.asarray(member, dtype=bool), "a member of no model; use complementary halves")
+
+
+def judge_proxies(proxies: Mapping[str, np.ndarray], score: np.ndarray, *, fraction: float) -> pd.DataFrame:
+    """How well cheap proxies [N] stand in for the score [N]: a row each, rank correlation and precision at the top."""
+    rows = {}
+    for name, proxy in proxies.items():
+        rho, hit = rank_correlation(proxy, score), precision_at_top(proxy, score, fraction=fraction)
+        rows[name] = {
+            "rank correlation": rho.mean, "its low": rho.low, "its high": rho.high,
+            f"precision at top {fraction:.0%}": hit.mean, "low": hit.low, "high": hit.high,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 @dataclass(frozen=True)
@@ -145,7 +184,8 @@ def rank_correlation(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> In
         raise ValueError("a constant list has no ranks to correlate")
     rho = float(stats.spearmanr(a, b).statistic)
     half = stats.norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (len(a) - 3))
-    return Interval(rho, float(np.tanh(np.arctanh(rho) - half)), float(np.tanh(np.arctanh(rho) + half)), len(a))
+    z = np.arctanh(np.clip(rho, -1 + 1e-15, 1 - 1e-15))  # identical orders have an infinite z
+    return Interval(rho, float(np.tanh(z - half)), float(np.tanh(z + half)), len(a))
 
 
 def precision_at_top(proxy: np.ndarray, score: np.ndarray, *, fraction: float, level: float = 0.95) -> Interval:
@@ -156,3 +196,12 @@ def precision_at_top(proxy: np.ndarray, score: np.ndarray, *, fraction: float, l
         raise ValueError(f"fraction {fraction:g} of {len(a)} samples is nobody; take a larger fraction")
     found = stats.binomtest(hits, n).proportion_ci(level, method="exact")
     return Interval(hits / n, float(found.low), float(found.high), n)
+
+
+def _mean_over(signal: np.ndarray, who: np.ndarray, lacking: str) -> np.ndarray:
+    signal = np.asarray(signal, dtype=np.float64)
+    if signal.shape != who.shape or signal.ndim != 2:
+        raise ValueError(f"signal and member must both be [M, N], got {list(signal.shape)} and {list(who.shape)}")
+    if not who.any(0).all():
+        raise ValueError(f"{int((~who.any(0)).sum())} samples are {lacking}")
+    return np.where(who, signal, 0).sum(0) / who.sum(0)

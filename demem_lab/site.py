@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 
 from demem_lab.runner import Result
 
@@ -29,14 +30,17 @@ pre { background: #f6f6f4; padding: .6rem; overflow-x: auto; font-size: .82rem; 
 .error { background: #fff0ee; border-left: 5px solid #a31515; color: #7a0c0c; } .note { color: #555; font-style: italic; }
 a { color: #0b4f79; } img { max-width: 100%; } nav li { margin: .2rem 0; } .wide { overflow-x: auto; }
 blockquote { border-left: 4px solid #0b4f79; margin-left: 0; padding-left: 1rem; }
+@media print {
+  body { max-width: none; margin: 0; font-size: 11pt; } .wide, pre { overflow: visible; } .modebar { display: none; }
+  table { font-size: 8.5pt; } h2, h3 { break-after: avoid; } tr, [role=img] { break-inside: avoid; }
+  section { break-before: page; }
+  section:first-of-type { break-before: auto; }
+}
 """
 
 
 def write(path: str | Path, results: Sequence[Result], *, title: str, intro: str) -> Path:
     """One HTML file with every executed notebook; plotly's JavaScript is inside, once. Returns the path."""
-    from plotly.offline import get_plotlyjs
-    from pygments.formatters import HtmlFormatter
-
     sections, rows = [], []
     for result in results:
         anchor = Path(result.notebook).stem
@@ -47,17 +51,45 @@ def write(path: str | Path, results: Sequence[Result], *, title: str, intro: str
     head = ("notebook", "seconds (budget)", f"peak memory, MB ({results[0].memory_kind if results else 'PSS'})",
             "size, MB", "computed", "reused", "state")
     table = f"<tr>{''.join(f'<th>{_e(h)}</th>' for h in head)}</tr>{''.join(rows)}"
-    page = f"""<!DOCTYPE html>
+    body = f'<p>{_e(intro)}</p><nav aria-label="notebooks"><div class="wide"><table>{table}</table></div></nav>'
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(title, body + "".join(sections)), encoding="utf-8")
+    return path
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page around `body`; plotly's JavaScript is inside, once, and nothing is fetched."""
+    from plotly.offline import get_plotlyjs
+    from pygments.formatters import HtmlFormatter
+
+    return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{_e(title)}</title><style>{_STYLE}{HtmlFormatter(style="friendly").get_style_defs(".code")}</style>
 <script>{get_plotlyjs()}</script></head><body>
-<h1>{_e(title)}</h1><p>{_e(intro)}</p><nav aria-label="notebooks"><div class="wide"><table>{table}</table></div></nav>
-{"".join(sections)}
+<h1>{_e(title)}</h1>{body}
 </body></html>"""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+
+
+def paragraph(text: str) -> str:
+    """Text as an HTML paragraph."""
+    return f"<p>{_e(text)}</p>"
+
+
+def table(frame: pd.DataFrame) -> str:
+    """A table as HTML; numbers with three digits, missing ones as a dash."""
+    body = frame.to_html(border=0, float_format="{:.3f}".format, na_rep="-", index=not isinstance(frame.index, pd.RangeIndex))
+    return f'<div class="wide">{body}</div>'
+
+
+def figure(made, anchor: str) -> str:
+    """A plotly figure as HTML that `page` can show."""
+    return _figure(json.loads(made.to_json()), anchor)
+
+
+def escaped(text: object) -> str:
+    """Text that cannot be mistaken for HTML."""
+    return _e(str(text))
 
 
 def _row(result: Result, anchor: str, question: str) -> str:

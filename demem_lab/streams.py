@@ -63,7 +63,10 @@ class Streams:
 
     def normal(self, n: int) -> Tensor:
         """[M, n] standard normal numbers."""
-        return torch.stack([torch.randn(n, generator=g, device=self.device) for g in self._generators()])
+        out = torch.empty(len(self.seeds), n, device=self.device)
+        for row, g in zip(out, self._generators(), strict=True):
+            row.normal_(generator=g)
+        return out
 
     def _rows(self, x: Tensor, draw) -> Tensor:
         models = len(self.seeds)

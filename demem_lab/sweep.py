@@ -1,9 +1,10 @@
-"""The plane behind the sliders: noise multiplier x risk threshold, trained and measured as one batch.
+"""Which setting? The plane noise multiplier x risk threshold as one batch, layer upon layer, and a recommendation.
 
 >>> plane = sweep(lab, noise_multipliers=(0, 1, 3), fractions=(0.05, 0.2, 1.0), seed=0)          # doctest: +SKIP
 >>> plane.nearest(noise_multiplier=0.9, risk_threshold=0.3)["leak"]                             # doctest: +SKIP
 
-Every point has the same members and the same seeds, so neighbouring points differ by their settings alone.
+Every point has the same members and the same seeds, so neighbouring points differ by their settings alone. `recommend`
+picks a point there and judges it on other seeds; `onion` protects whoever surfaces until nobody leaks more than a target.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import pandas as pd
 import torch
 
 from demem_lab import risk
-from demem_lab.audit import finest_fpr, measure
-from demem_lab.experiment import Experiment
-from demem_lab.mechanisms import SelectiveDP
+from demem_lab.comparison import compare, finest_fpr, measure
+from demem_lab.experiment import Experiment, Run
+from demem_lab.leakage import Interval, seed_interval
+from demem_lab.mechanisms import DPSGD, SelectiveDP
 from demem_lab.streams import model_seeds
-from demem_lab.validate import finite
+from demem_lab.validate import finite, integer
 
 COLUMNS = {  # column of the plane <- (group, metric)
     "accuracy": ("all", "accuracy"), "robust": ("all", "robust"), "leak": ("all", "leak"), "auc": ("all", "auc"),
@@ -100,3 +102,142 @@ def sweep(
             "epsilon": promised.budget.epsilon if promised.holds else None, "guarantee": str(promised),
         })
     return Plane(pd.DataFrame(rows), score, seed, models, fpr)
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The least costly trained point that meets a leakage target, and how it did on seeds that had no say in choosing it."""
+
+    target: float
+    fpr: float
+    point: dict | None  # of the plane; None when no point of it meets the target
+    judged: dict[str, Interval]  # group -> members found on the held-out seeds; high is the one-sided 95 % limit
+    cost: Interval | None  # robust accuracy lost to plain training, on the held-out seeds
+    holds: bool
+
+    def __str__(self) -> str:
+        goal = f"no group of which more than {self.target:.1%} of the members are found at {self.fpr:.0%} false positives"
+        if self.point is None:
+            return f"None of the settings tried reaches the target ({goal})."
+        p = self.point
+        worst = max(self.judged, key=lambda g: self.judged[g].high)
+        found = self.judged[worst]
+        verdict = "It holds" if self.holds else "So no setting is recommended: it does not hold with confidence"
+        return (
+            f"Least costly on the plane: noise multiplier {p['noise_multiplier']:g}, {p['protected']} samples protected "
+            f"(risk threshold {p['risk_threshold']:.3g}), for {goal}. {verdict} on {found.n} held-out seeds: the worst group, "
+            f"{worst}, has {found.mean:.1%} found, upper 95 % limit {found.high:.1%}; "
+            f"robust accuracy lost {100 * self.cost.mean:.1f} points. {p['guarantee']}"
+        )
+
+
+def recommend(
+    lab: Experiment, plane: Plane, target: float, *, lr_everybody: Callable[[float], float] | None = None,
+    max_grad_norm: float = 1.0, high_risk: float = 0.1,
+) -> Recommendation:
+    """The setting with the highest robust accuracy on `plane` whose every group leaks at most `target`, judged elsewhere.
+
+    Groups: all, high risk, rest. ONE setting is chosen, on the plane's seed; it is then trained at all seeds of `lab`, and
+    only those other than the plane's judge it, so nothing was picked by what judges. It holds when each group's one-sided
+    95 % limit over those seeds is at most `target` (all must pass, so no correction is needed).
+    """
+    finite("target", target, low=0, high=1)
+    held_out = [seed for seed in lab.seeds if seed != plane.seed]
+    if len(held_out) < 2:
+        raise ValueError(f"judging takes at least 2 seeds beside the plane's ({plane.seed}), got {held_out}; use more seeds")
+    leaks = ["leak", "leak, high risk", "leak, rest"]
+    passing = plane.points[(plane.points[leaks].astype(float) <= target).all(axis=1)]
+    if not len(passing):
+        return Recommendation(target, plane.fpr, None, {}, None, False)
+    point = passing.loc[passing["robust"].astype(float).idxmax()].to_dict()
+    sigma, fraction = point["noise_multiplier"], point["fraction"]
+    if fraction == 0:
+        runs = lab.arm("none")
+    elif fraction == 1:
+        rate = lr_everybody(sigma) if lr_everybody else lab.lr
+        runs = lab.arm(f"DP for everybody, noise {sigma:g}", mechanism=DPSGD(sigma, max_grad_norm), lr=rate)
+    else:
+        runs = lab.treat(
+            f"SelectiveDP, noise {sigma:g}, {fraction:.0%}", lambda who: SelectiveDP(sigma, max_grad_norm, who), fraction=fraction
+        )
+
+    def groups(seed: int) -> dict[str, np.ndarray]:
+        top = lab.flags(seed, high_risk).numpy()
+        return {"high risk": top, "rest": ~top}
+
+    judging = [run for run in runs if run.seed in held_out]
+    report = compare(judging, groups=groups, fpr=plane.fpr)
+    judged = {}
+    for group in ("all", "high risk", "rest"):
+        values = report.values(judging[0].name, "leak", group)
+        # level 0.9 two-sided is 0.95 one-sided
+        judged[group] = seed_interval(values, level=0.9)
+    plain = compare([run for run in lab.arm("none") if run.seed in held_out], fpr=plane.fpr)
+    cost = seed_interval(plain.values("none", "robust") - report.values(judging[0].name, "robust"))
+    return Recommendation(target, plane.fpr, point, judged, cost, all(i.high <= target for i in judged.values()))
+
+
+@dataclass(frozen=True)
+class Onion:
+    """What happened as layer upon layer was protected."""
+
+    steps: pd.DataFrame  # one row a step: layers, protected, the worst group, what leaks, what is kept
+    target: float
+    reached: bool  # no group's mean leak over seeds is above the target
+    runs: list[list[Run]]  # of each step, a run a seed
+
+    def to_frame(self) -> pd.DataFrame:
+        """The steps as a table."""
+        return self.steps.copy()
+
+    def __str__(self) -> str:
+        first, last = self.steps.iloc[0], self.steps.iloc[-1]
+        end = "no group leaks more" if self.reached else "and still some group leaks more"
+        return (
+            f"Target {self.target:.1%}: after {int(last['layers'])} layers ({last['protected']:.0f} samples protected) {end}; "
+            f"the worst tenth went from {first['worst leak']:.1%} to {last['worst leak']:.1%}, robust accuracy from "
+            f"{first['robust']:.1%} to {last['robust']:.1%}."
+        )
+
+
+def onion(
+    lab: Experiment, *, target: float, noise_multiplier: float = 1.0, layer: float = 0.1, max_grad_norm: float = 1.0,
+    max_layers: int | None = None,
+) -> Onion:
+    """Protect the riskiest `layer` of all samples, score the others again under that protection, protect those, and so on.
+
+    Ends when no tenth by the NEW risk leaks more than `target` (mean over seeds), when everybody is protected, or after
+    `max_layers`. Each seed's risk is scored from the other seeds' models of the same step. The learning rate stays that of
+    plain training, also when everybody is protected. Source: the privacy onion, Carlini et al. 2022 (arXiv 2206.10469).
+    """
+    finite("target", target, low=0, high=1)
+    finite("layer", layer, low=1 / lab.dataset.n, high=1)
+    n, size = lab.dataset.n, round(layer * lab.dataset.n)
+    limit = -(-n // size) if max_layers is None else integer("max_layers", max_layers, low=0)
+    covered = {seed: torch.zeros(n, dtype=torch.bool) for seed in lab.seeds}
+    runs, rows, history = lab.arm("none"), [], []
+    for layers in range(limit + 1):
+        history.append(runs)
+        scores = {seed: lab.risk(seed, runs).score for seed in lab.seeds}
+        tenths = {seed: risk.deciles(score) for seed, score in scores.items()}
+        report = compare(runs, groups=lambda seed, t=tenths: {f"tenth {g + 1}": t[seed] == g for g in range(10)})
+        name = runs[0].name
+        leaks = {f"tenth {g}": report.interval(name, "leak", f"tenth {g}") for g in range(1, 11)}
+        worst = max(leaks, key=lambda group: leaks[group].mean)
+        rows.append({
+            "layers": layers, "protected": float(np.mean([int(c.sum()) for c in covered.values()])), "worst group": worst,
+            "worst leak": leaks[worst].mean, "its upper limit": min(1.0, leaks[worst].high), "leak": report.mean(name, "leak"),
+            "accuracy": report.mean(name, "accuracy"), "robust": report.mean(name, "robust"),
+        })
+        done = leaks[worst].mean <= target
+        if done or layers == limit or all(bool(c.all()) for c in covered.values()):
+            break
+        for seed in lab.seeds:
+            score = torch.as_tensor(scores[seed]).masked_fill(covered[seed], -torch.inf)
+            surfaced = score.argsort(descending=True, stable=True)[: min(size, int((~covered[seed]).sum()))]
+            covered[seed] = covered[seed].index_fill(0, surfaced, True)
+        runs = lab.treat(
+            f"{layers + 1} layers", lambda who: SelectiveDP(noise_multiplier, max_grad_norm, who),
+            choose=lambda seed: covered[seed],
+        )
+    return Onion(pd.DataFrame(rows), target, done, history)

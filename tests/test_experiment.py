@@ -10,8 +10,9 @@ from demem_lab import data, risk
 from demem_lab.attacks import PGD, margin
 from demem_lab.experiment import PROFILES, best_rate, dp_rates, profile
 from demem_lab.mechanisms import DPSGD, Drop, SelectiveDP
-from demem_lab.membership import confidence, lira, logit_margin
+from demem_lab.membership import lira
 from demem_lab.objectives import Natural
+from demem_lab.signals import confidence, logit_margin
 from demem_lab.streams import model_seeds
 from demem_lab.training import outputs, train
 

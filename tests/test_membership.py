@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from demem_lab import leakage as lk
 from demem_lab import membership as mi
+from demem_lab import signals as sg
 from demem_lab.data import member_masks
 
 
@@ -107,7 +109,7 @@ def test_signals_that_know_nothing_give_nothing(models, name):
     auc, found = [], []
     for seed in range(12):
         signal, member = game(models, 400, strength=0.0, seed=seed)
-        leakage = mi.evaluate(ATTACKS[name](signal, member), member, fprs=(0.1,))
+        leakage = lk.evaluate(ATTACKS[name](signal, member), member, fprs=(0.1,))
         auc.append(leakage.auc.mean())
         found.append(leakage.tpr[:, 0].mean())
     for values, truth in ((auc, 0.5), (found, 0.1)):
@@ -120,7 +122,7 @@ def test_per_sample_variance_knows_nothing_either(models):
     auc = []
     for seed in range(12):
         signal, member = game(models, 400, strength=0.0, seed=seed)
-        auc.append(mi.evaluate(mi.lira(signal, member, variance="per_sample"), member).auc.mean())
+        auc.append(lk.evaluate(mi.lira(signal, member, variance="per_sample"), member).auc.mean())
     assert abs(np.mean(auc) - 0.5) < 5 * np.std(auc, ddof=1) / np.sqrt(12) + 1e-3
 
 
@@ -128,13 +130,13 @@ def test_keeping_the_twin_would_bias_the_attack():
     auc = []
     for seed in range(12):
         signal, member = game(4, 400, strength=0.0, seed=seed)
-        auc.append(mi.evaluate(mi.lira(signal, member, variance="pooled", leave_twin_out=False), member).auc.mean())
+        auc.append(lk.evaluate(mi.lira(signal, member, variance="pooled", leave_twin_out=False), member).auc.mean())
     assert abs(np.mean(auc) - 0.5) > 0.02
 
 
 def test_real_signals_are_found():
     signal, member = game(16, 400, strength=2.0)
-    assert mi.evaluate(mi.lira(signal, member), member).auc.mean() > mi.evaluate(signal, member).auc.mean() + 0.1 > 0.6
+    assert lk.evaluate(mi.lira(signal, member), member).auc.mean() > lk.evaluate(signal, member).auc.mean() + 0.1 > 0.6
 
 
 def test_twins():
@@ -150,17 +152,17 @@ def test_margin_is_the_log_odds(logits, label):
     p = np.exp(z[0, 0] - z[0, 0].max())
     p /= p.sum()
     rest = np.delete(p, label).sum()
-    assert mi.logit_margin(z, y)[0, 0] == pytest.approx(np.log(p[label]) - np.log(rest), abs=1e-7)
-    assert mi.confidence(z, y)[0, 0] == pytest.approx(p[label]) and mi.cross_entropy(z, y)[0, 0] >= 0
+    assert sg.logit_margin(z, y)[0, 0] == pytest.approx(np.log(p[label]) - np.log(rest), abs=1e-7)
+    assert sg.confidence(z, y)[0, 0] == pytest.approx(p[label]) and sg.cross_entropy(z, y)[0, 0] >= 0
 
 
 def test_margin_is_exact_where_probabilities_round_to_0_and_1():
     z = np.float32([[[800.0, 0.0, -5.0], [-900.0, 3.0, 3.0]]])
-    found = mi.logit_margin(z, np.array([0, 0]))
+    found = sg.logit_margin(z, np.array([0, 0]))
     assert found[0] == pytest.approx([800 - np.log1p(np.exp(-5)), -903 - np.log(2)])
-    assert mi.confidence(z, np.array([0, 0]))[0].tolist() == [1.0, 0.0]
+    assert sg.confidence(z, np.array([0, 0]))[0].tolist() == [1.0, 0.0]
     p = np.array([0.0, 0.2, 0.9, 1.0])
-    from_p = mi.margin_from_probability(p)
+    from_p = sg.margin_from_probability(p)
     assert np.isfinite(from_p).all() and from_p[1:3] == pytest.approx(np.log(p[1:3] / (1 - p[1:3])))
 
 
@@ -169,7 +171,7 @@ def test_evaluate_against_scikit_learn(digits):
     signal, member = game(4, 150, seed=3)
     scores = signal if digits is None else signal.round(digits)
     fprs = (0.0, 0.05, 0.1, 0.5, 1.0)
-    found = mi.evaluate(scores, member, fprs=fprs)
+    found = lk.evaluate(scores, member, fprs=fprs)
     for m in range(4):
         assert found.auc[m] == pytest.approx(roc_auc_score(member[m], scores[m]))
         fpr, tpr, _ = roc_curve(member[m], scores[m], drop_intermediate=False)
@@ -182,7 +184,7 @@ def test_evaluate_against_scikit_learn(digits):
 def test_a_subset_is_judged_by_the_global_threshold():
     scores, member = game(2, 300, seed=4)
     subset = np.arange(300) < 40
-    found = mi.evaluate(scores, member, fprs=(0.1,), subset=subset)
+    found = lk.evaluate(scores, member, fprs=(0.1,), subset=subset)
     for m in range(2):
         negatives = np.sort(scores[m][~member[m]])[::-1]
         threshold = negatives[int(0.1 * len(negatives))]
@@ -191,10 +193,10 @@ def test_a_subset_is_judged_by_the_global_threshold():
 
 def test_rates_that_cannot_be_resolved_are_not_shown():
     scores, member = game(4, 1000)
-    found = mi.evaluate(scores, member, fprs=(0.1, 0.01, 0.001))
+    found = lk.evaluate(scores, member, fprs=(0.1, 0.01, 0.001))
     assert found.resolved.tolist() == [True, True, False] and found.tpr_at(0.001) is None and found.tpr_at(0.01) is not None
     assert found.to_frame()["TPR at 0.1% FPR"].isna().all()
-    grid, _ = mi.mean_roc(scores, member)
+    grid, _ = lk.mean_roc(scores, member)
     assert grid.min() == pytest.approx(5 / 500)
     with pytest.raises(ValueError, match="fpr must be one of"):
         found.tpr_at(0.5)
@@ -202,14 +204,14 @@ def test_rates_that_cannot_be_resolved_are_not_shown():
 
 def test_intervals_within_a_model_and_between_seeds():
     scores, member = game(4, 1000)
-    found = mi.evaluate(scores, member, fprs=(0.1,))
+    found = lk.evaluate(scores, member, fprs=(0.1,))
     within = found.interval(0.1, model=0)
     k, n = round(within.mean * 500), 500
     assert (within.low, within.high) == pytest.approx((stats.beta.ppf(0.025, k, n - k + 1), stats.beta.ppf(0.975, k + 1, n - k)))
     values = [0.1, 0.13, 0.18]
-    between = mi.seed_interval(values)
+    between = lk.seed_interval(values)
     assert (between.low, between.high) == pytest.approx(stats.t.interval(0.95, 2, np.mean(values), stats.sem(values)))
-    assert mi.seed_interval([0.5]).low is None
+    assert lk.seed_interval([0.5]).low is None
 
 
 @pytest.mark.parametrize(("call", "words"), [
@@ -218,9 +220,9 @@ def test_intervals_within_a_model_and_between_seeds():
     (lambda s, m: mi.lira(s[:4], m[:4], variance="per_sample"), "needs 2"), (lambda s, m: mi.rmia(s[:2], m[:2]), "out-reference"),
     (lambda s, m: mi.rmia(s, m, gamma=-1.0), "gamma"),
     (lambda s, m: mi.rmia(s, m, population=np.zeros(60, dtype=bool)), "population"),
-    (lambda s, m: mi.evaluate(s * np.nan, m), "NaN"), (lambda s, m: mi.evaluate(s, m | True), "non-member"),
-    (lambda s, m: mi.evaluate(s, m, subset=np.zeros(60, dtype=bool)), "at least one member"),
-    (lambda s, m: mi.evaluate(s[0], m), r"\[M, N\]"), (lambda s, m: mi.mean_roc(s[:, :8], m[:, :8]), "cannot resolve"),
+    (lambda s, m: lk.evaluate(s * np.nan, m), "NaN"), (lambda s, m: lk.evaluate(s, m | True), "non-member"),
+    (lambda s, m: lk.evaluate(s, m, subset=np.zeros(60, dtype=bool)), "at least one member"),
+    (lambda s, m: lk.evaluate(s[0], m), r"\[M, N\]"), (lambda s, m: lk.mean_roc(s[:, :8], m[:, :8]), "cannot resolve"),
 ])
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
@@ -236,7 +238,7 @@ def test_a_shift_of_a_sample_and_the_scale_of_all_change_no_score(name):
 
 def test_measures_only_see_the_order_of_scores():
     scores, member = game(4, 200)
-    a, b = mi.evaluate(scores, member), mi.evaluate(np.exp(scores / 3) * 7 - 1, member)
+    a, b = lk.evaluate(scores, member), lk.evaluate(np.exp(scores / 3) * 7 - 1, member)
     for field in ("auc", "tpr", "balanced_accuracy"):
         assert np.array_equal(getattr(a, field), getattr(b, field))
 

@@ -15,8 +15,9 @@ import demem_lab
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    "validate streams store data layers models attacks objectives accounting mechanisms sampling optimizers farm training "
-    "membership risk experiment audit sweep plots views panels checks runner site cli"
+    "validate streams store data layers models attacks objectives accounting empirical mechanisms sampling optimizers farm "
+    "training canaries signals membership leakage files risk experiment comparison sweep plots views panels checks runner "
+    "site report audit cli"
 ).split()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -112,7 +113,7 @@ def test_torch_is_the_only_heavy_thing_that_gpu_code_needs():
         "import sys\n"
         "for name in ('ipywidgets', 'plotly', 'papermill', 'jupyterlab', 'IPython', 'typer', 'nbformat'):\n"
         "    sys.modules[name] = None\n"
-        "import demem_lab.experiment, demem_lab.audit, demem_lab.sweep\n"
+        "import demem_lab.experiment, demem_lab.comparison, demem_lab.sweep\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 

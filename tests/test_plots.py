@@ -8,8 +8,8 @@ import plotly.io as pio
 import pytest
 
 from demem_lab import plots
-from demem_lab.audit import AuditReport
-from demem_lab.membership import Interval
+from demem_lab.comparison import Comparison
+from demem_lab.leakage import Interval
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def report():
     rng = np.random.default_rng(0)
     rows = [(arm, seed, group, metric, rng.random()) for arm in ("none", "other") for seed in (0, 1, 2)
             for group in ("all", "top") for metric in ("robust", "leak", "member robust")]
-    return AuditReport(pd.DataFrame(rows, columns=["arm", "seed", "group", "metric", "value"]), 0.01, {})
+    return Comparison(pd.DataFrame(rows, columns=["arm", "seed", "group", "metric", "value"]), 0.01, {})
 
 
 def test_roc_curves_are_on_log_axes_with_the_diagonal():

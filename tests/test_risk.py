@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from demem_lab import risk
+from demem_lab.data import member_masks
 
 RNG = np.random.default_rng(0)
 
@@ -142,3 +143,40 @@ def test_the_reported_threshold_protects_at_least_the_same(score, fraction):
 def test_measures_of_too_little(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_models_needed_shrink_the_error_as_wanted():
+    rng = np.random.default_rng(0)
+    member = member_masks(400, 8, seed=0).numpy()
+    found = risk.memorization(rng.uniform(size=(8, 400)), member)
+    needed = found.models_needed(0.05, share=0.9)
+    assert needed % 2 == 0
+    # the same spread with that many models: the error of at least 90 % of the samples is as wanted, and with fewer it is not
+    for models, enough in ((needed, True), (needed - 8, False)):
+        assert ((found.standard_error * np.sqrt(8 / models) <= 0.05 + 1e-12).mean() >= 0.9) == enough
+    many = risk.memorization(rng.uniform(size=(needed, 400)), member_masks(400, needed, seed=1).numpy())
+    assert 0.03 < np.quantile(many.standard_error, 0.5) < 0.05
+    with pytest.raises(ValueError, match="standard_error"):
+        found.models_needed(0.0)
+
+
+def test_out_of_sample_and_in_sample_means_against_loops():
+    rng = np.random.default_rng(1)
+    member, signal = member_masks(20, 4, seed=0).numpy(), rng.normal(size=(4, 20))
+    outside, inside = risk.out_of_sample(signal, member), risk.in_sample(signal, member)
+    for i in range(20):
+        assert outside[i] == pytest.approx(np.mean([signal[m, i] for m in range(4) if not member[m, i]]))
+        assert inside[i] == pytest.approx(np.mean([signal[m, i] for m in range(4) if member[m, i]]))
+    with pytest.raises(ValueError, match="20 samples are a member of every model"):
+        risk.out_of_sample(signal, member | True)
+    with pytest.raises(ValueError, match=r"\[M, N\]"):
+        risk.in_sample(signal[0], member)
+
+
+def test_proxies_are_judged_by_rank_and_by_their_top():
+    rng = np.random.default_rng(2)
+    score = rng.normal(size=300)
+    table = risk.judge_proxies({"itself": score, "noise": rng.normal(size=300)}, score, fraction=0.1)
+    assert table.loc["itself", "rank correlation"] == pytest.approx(1) and table.loc["itself", "precision at top 10%"] == 1
+    assert table.loc["noise", "its low"] < 0 < table.loc["noise", "its high"]
+    assert table.loc["noise", "low"] < 0.1 < table.loc["noise", "high"]

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demem_lab import risk
-from demem_lab.audit import measure
+from demem_lab.comparison import measure
 from demem_lab.experiment import profile
 from demem_lab.mechanisms import DPSGD, SelectiveDP
 from demem_lab.store import Store
-from demem_lab.sweep import COLUMNS, Plane, sweep
+from demem_lab.sweep import COLUMNS, Plane, onion, recommend, sweep
 
 NOISES, FRACTIONS = (0.0, 2.0), (0.0, 0.2, 1.0)
 
@@ -130,3 +130,70 @@ def test_infinite_thresholds_are_nobody_and_everybody(plane):
 def test_bad_input(plane, lab, call, words):
     with pytest.raises(ValueError, match=words):
         call(plane, lab)
+
+
+def test_the_recommendation_is_the_most_robust_point_that_passes_and_is_judged_on_other_seeds(lab):
+    three = replace(lab, seeds=(0, 1, 2))
+    plane = sweep(three, noise_multipliers=NOISES, fractions=FRACTIONS, seed=0)
+    p, leaks = plane.points, ["leak", "leak, high risk", "leak, rest"]
+    target = float(p[leaks].astype(float).max(axis=1).median())
+    found = recommend(three, plane, target)
+    passing = p[(p[leaks].astype(float) <= target).all(axis=1)]
+    assert found.point["robust"] == passing["robust"].max() and set(found.judged) == {"all", "high risk", "rest"}
+    for group, interval in found.judged.items():
+        assert interval.n == 2 and group in ("all", "high risk", "rest")
+    assert found.holds == all(i.high <= target for i in found.judged.values())
+    # what judges is what the arm shows at the other two seeds
+    sigma, fraction = found.point["noise_multiplier"], found.point["fraction"]
+    values = []
+    for seed in (1, 2):
+        top = three.flags(seed, 0.1).numpy()
+        changes = {"mechanism": SelectiveDP(sigma, 1.0, three.flags(seed, fraction))} if 0 < fraction < 1 else (
+            {"mechanism": DPSGD(sigma)} if fraction else {}
+        )
+        run = three.run("again", seed=seed, **changes)
+        values.append(measure(run, {"rest": ~top}, fpr=plane.fpr)["rest", "leak"])
+    assert found.judged["rest"].mean == pytest.approx(np.mean(values), abs=0.02)
+    limit = np.mean(values) + 6.3138 * np.std(values, ddof=1) / np.sqrt(2)
+    assert found.judged["rest"].high == pytest.approx(limit, abs=0.1)
+    assert ("It holds" in str(found)) == found.holds
+
+
+def test_no_setting_is_said_plainly_and_one_judging_seed_is_refused(lab, plane):
+    three = replace(lab, seeds=(0, 1, 2))
+    p = plane.points.assign(leak=0.5)
+    answer = recommend(three, replace(plane, points=p), 0.01)
+    assert answer.point is None and not answer.holds and "None of the settings" in str(answer)
+    with pytest.raises(ValueError, match="at least 2 seeds"):
+        recommend(lab, plane, 0.5)
+    with pytest.raises(ValueError, match="target"):
+        recommend(three, plane, 2.0)
+
+
+def test_a_setting_that_passes_by_luck_on_the_plane_is_not_recommended(lab, plane):
+    three = replace(lab, seeds=(0, 1, 2))
+    lucky = plane.points.assign(**{"leak": 0.0, "leak, high risk": 0.0, "leak, rest": 0.0})
+    answer = recommend(three, replace(plane, points=lucky), 0.0001)
+    assert answer.point is not None and not answer.holds and "does not hold" in str(answer)
+
+
+def test_the_onion_goes_on_until_nobody_or_everybody(lab):
+    impossible = onion(lab, target=0.0, layer=0.4)
+    assert impossible.steps["protected"].tolist() == [0, 48, 96, 120] and len(impossible.runs) == 4
+    assert impossible.reached == (impossible.steps["worst leak"].iloc[-1] <= 0)
+    easy = onion(lab, target=1.0, layer=0.4)
+    assert easy.reached and easy.steps["layers"].tolist() == [0]
+    for before, after in zip(impossible.runs[1:], impossible.runs[2:], strict=False):  # a layer is never taken off again
+        assert all((b.flagged <= a.flagged).all() for b, a in zip(before, after, strict=True))
+
+
+def test_the_first_layer_is_the_riskiest_and_the_second_those_who_surfaced(lab):
+    found = onion(lab, target=0.0, layer=0.25, max_layers=2)
+    for run in found.runs[1]:
+        assert np.array_equal(run.flagged, lab.flags(run.seed, 0.25).numpy())
+    for run in found.runs[2]:
+        first = lab.flags(run.seed, 0.25).numpy()
+        score = np.where(first, -np.inf, lab.risk(run.seed, found.runs[1]).score)
+        assert np.array_equal(run.flagged & ~first, risk.protected_set(score, fraction=0.25).mask)
+    with pytest.raises(ValueError, match="layer"):
+        onion(lab, target=0.1, layer=0.0)

@@ -323,3 +323,25 @@ def test_a_killed_run_continues_from_its_checkpoint(tiny, tmp_path, monkeypatch)
     resumed = train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4, store=Store(tmp_path))
     assert 7 <= steps[0] and steps == list(range(steps[0], 20))
     assert distance(resumed, train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4)) == 0.0
+
+
+def test_asking_some_models_about_some_samples_gives_the_same_answers(tiny):
+    ensemble = train(tiny, MEMBERS, RECIPES["plain"], seeds=SEEDS)
+    attack = PGD(0.1, 3, random_start=False)
+    only = np.random.default_rng(0).random((4, 24)) < 0.3
+    only[1], only[2] = False, True
+    full = outputs(ensemble, tiny, attack=attack, device="cpu", block=10)
+    part = outputs(ensemble, tiny, attack=attack, device="cpu", block=10, only=only)
+    assert np.isnan(part[~only]).all()
+    np.testing.assert_allclose(part[only], full[only], atol=1e-5)
+
+
+def test_gradient_norms_are_those_of_one_sample_at_a_time(tiny):
+    ensemble = train(tiny, MEMBERS, RECIPES["plain"], seeds=SEEDS)
+    found = training.gradient_norms(ensemble, tiny, attack=PGD(0.1, 2, random_start=False), device="cpu", block=10)
+    net = ensemble.network([2])
+    for i in (0, 11, 23):
+        x = PGD(0.1, 2, random_start=False)(net, tiny.x[i : i + 1], tiny.y[i : i + 1])
+        loss = torch.nn.functional.cross_entropy(net(x), tiny.y[i : i + 1])
+        slopes = torch.autograd.grad(loss, list(net.parameters()))
+        assert found[2, i] == pytest.approx(float(sum(g.square().sum() for g in slopes).sqrt()), rel=1e-3)

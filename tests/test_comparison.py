@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from demem_lab.accounting import NoGuarantee
-from demem_lab.audit import AuditReport, audit, finest_fpr, measure, merge, spell, verdict
+from demem_lab.comparison import Comparison, compare, finest_fpr, measure, merge, spell, verdict
 from demem_lab.data import member_masks
 from demem_lab.experiment import Run
+from demem_lab.leakage import Interval
 from demem_lab.mechanisms import Guarantee
-from demem_lab.membership import Interval
 
 N, M, K = 120, 6, 3
 
@@ -71,7 +71,7 @@ def test_a_group_without_members_has_no_leakage_and_unresolved_rates_are_missing
 
 
 def test_intervals_over_seeds_and_differences_within_them(runs):
-    report = audit(runs[::-1], groups=lambda seed: GROUPS)  # the order of the runs does not matter
+    report = compare(runs[::-1], groups=lambda seed: GROUPS)  # the order of the runs does not matter
     a = np.array([measure(r, GROUPS, fpr=report.fpr)["high", "robust"] for r in runs[:3]])
     b = np.array([measure(r, GROUPS, fpr=report.fpr)["high", "robust"] for r in runs[3:]])
     assert report.arms == ["treated", "plain"] and np.allclose(report.values("plain", "robust", "high"), a)
@@ -87,7 +87,7 @@ def test_intervals_over_seeds_and_differences_within_them(runs):
 
 
 def test_groups_belong_to_a_seed(runs):
-    report = audit(runs[:3], groups=lambda seed: {"own": np.arange(N) % 3 == seed})
+    report = compare(runs[:3], groups=lambda seed: {"own": np.arange(N) % 3 == seed})
     for run, value in zip(runs[:3], report.values("plain", "accuracy", "own"), strict=True):
         own = np.arange(N) % 3 == run.seed
         assert value == pytest.approx((run.clean.argmax(-1) == run.y)[~run.members & own].mean())
@@ -99,7 +99,7 @@ def test_what_shares_between_seeds_cancels_in_differences():
         for seed, base, noise in ((0, 0.1, 0.01), (1, 0.5, -0.01), (2, 0.9, 0.0))
         for arm, shift, noise in (("a", 0.0, 0.0), ("b", 0.05, noise))
     ]
-    report = AuditReport(pd.DataFrame(rows, columns=["arm", "seed", "group", "metric", "value"]), 0.1, {})
+    report = Comparison(pd.DataFrame(rows, columns=["arm", "seed", "group", "metric", "value"]), 0.1, {})
     gap = report.difference("b", "a", "leak")
     assert gap.mean == pytest.approx(0.05) and gap.low > 0 and report.interval("a", "leak").low < 0
 
@@ -116,11 +116,11 @@ def test_the_finest_rate_has_five_expected_false_positives(non_members):
 
 
 def test_the_default_rate_is_what_the_smallest_run_resolves(runs):
-    assert audit(runs[:1]).fpr == 0.1 and audit(runs[:1], fpr=0.5).fpr == 0.5
+    assert compare(runs[:1]).fpr == 0.1 and compare(runs[:1], fpr=0.5).fpr == 0.5
 
 
 def test_a_table_for_people(runs):
-    report = audit(runs, groups=lambda seed: GROUPS)
+    report = compare(runs, groups=lambda seed: GROUPS)
     table = report.to_frame((("robust", "all"), ("leak", "high")), arms=["treated"])
     assert list(table.index) == ["treated"] and list(table.columns) == ["robust", "leak, high"]
     found = report.interval("treated", "robust")
@@ -130,13 +130,13 @@ def test_a_table_for_people(runs):
 
 
 def test_reports_are_merged_at_one_rate_only(runs):
-    both, apart = audit(runs, fpr=0.1), [audit(runs[:3], fpr=0.1), audit(runs[3:], fpr=0.1)]
+    both, apart = compare(runs, fpr=0.1), [compare(runs[:3], fpr=0.1), compare(runs[3:], fpr=0.1)]
     joined = merge(*apart, apart[0])
     assert joined.arms == both.arms and joined.guarantees == both.guarantees
     for arm in both.arms:
         assert np.array_equal(joined.values(arm, "leak"), both.values(arm, "leak"))
     with pytest.raises(ValueError, match="cannot be merged"):
-        merge(apart[0], audit(runs[3:], fpr=0.2))
+        merge(apart[0], compare(runs[3:], fpr=0.2))
 
 
 @pytest.mark.parametrize(("low", "high", "word"), [
@@ -148,11 +148,11 @@ def test_a_verdict_needs_the_whole_interval(low, high, word):
 
 
 @pytest.mark.parametrize(("call", "kind", "words"), [
-    (lambda r: audit([]), ValueError, "at least one run"), (lambda r: audit([r[0], *r]), ValueError, "given twice.*plain"),
-    (lambda r: audit(r, groups=lambda s: {"short": np.ones(7, dtype=bool)}), ValueError, "'short'.*120 samples"),
-    (lambda r: audit(r, groups=lambda s: {"nobody": np.zeros(N, dtype=bool)}), ValueError, "not empty"),
-    (lambda r: audit(r).values("plian", "leak"), KeyError, "plain.*treated"),
-    (lambda r: audit(r).mean("plain", "robustness"), KeyError, "metrics"),
+    (lambda r: compare([]), ValueError, "at least one run"), (lambda r: compare([r[0], *r]), ValueError, "given twice.*plain"),
+    (lambda r: compare(r, groups=lambda s: {"short": np.ones(7, dtype=bool)}), ValueError, "'short'.*120 samples"),
+    (lambda r: compare(r, groups=lambda s: {"nobody": np.zeros(N, dtype=bool)}), ValueError, "not empty"),
+    (lambda r: compare(r).values("plian", "leak"), KeyError, "plain.*treated"),
+    (lambda r: compare(r).mean("plain", "robustness"), KeyError, "metrics"),
 ])
 def test_bad_input(runs, call, kind, words):
     with pytest.raises(kind, match=words):
@@ -161,6 +161,6 @@ def test_bad_input(runs, call, kind, words):
 
 @pytest.mark.parametrize("which", ["difference", "change"])
 def test_only_the_same_seeds_are_paired(runs, which):
-    for unpaired in (audit([runs[0], runs[4]]), audit([runs[0], *runs[3:]])):  # other seeds; one seed against three
+    for unpaired in (compare([runs[0], runs[4]]), compare([runs[0], *runs[3:]])):  # other seeds; one seed against three
         with pytest.raises(ValueError, match="seeds"):
             getattr(unpaired, which)("plain", "treated", "robust")

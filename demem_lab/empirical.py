@@ -1,0 +1,140 @@
+"""How little privacy can there be? Lower bounds on epsilon from attacks, to stand beside the accountant's upper bound.
+
+>>> bound = clopper_pearson_bound(scores, member, delta=1e-5)          # independent trials, e.g. one model each # doctest: +SKIP
+>>> bound = one_run_bound(scores, included, delta=1e-5)                # 1,000 canaries in ONE run               # doctest: +SKIP
+>>> str(bound)                                                         # doctest: +SKIP
+'epsilon >= 1.23 at delta 1e-05 with 95 % confidence (one run, 182 of 200 guesses right)'
+
+An attack that succeeds too often refutes a claimed epsilon; one that fails proves nothing. Arrays in, numbers out.
+Sources: Jagielski et al. 2020 (arXiv 2006.07709), Nasr et al. 2023 (arXiv 2302.07956), Steinke, Nasr & Jagielski 2023
+(arXiv 2305.08846).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from demem_lab.validate import finite, integer
+
+LARGEST = 60.0  # epsilon beyond this is not told apart
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """epsilon is at least this, with that confidence, if the trials were what the method needs them to be."""
+
+    epsilon: float
+    delta: float
+    confidence: float
+    method: str
+    detail: str
+    most: float  # the bound that a perfect attack would have given on as many trials
+
+    def __str__(self) -> str:
+        return (
+            f"epsilon >= {self.epsilon:.3g} at delta {self.delta:.0e} with {self.confidence:.0%} confidence "
+            f"({self.method}, {self.detail}; at most {self.most:.3g} could have been seen)"
+        )
+
+
+def clopper_pearson_bound(
+    scores: np.ndarray, member: np.ndarray, *, delta: float, confidence: float = 0.95, seed: int = 0
+) -> LowerBound:
+    """Lower bound from scores [n] of independent trials, member bool [n]; higher score = more likely a member.
+
+    Each trial should be its own training run (one canary, in or out): samples of one model are not independent, and a bound
+    from them is an approximation. The test (threshold, and whether it accuses the high or clears the low) is chosen on a
+    random half; on the other half, epsilon >= log((TPR - delta) / FPR) with one-sided Clopper-Pearson limits, the error
+    probability split equally over both rates. Raises ValueError for fewer than 2 trials on either side.
+    """
+    scores, member = _checked(scores, member, delta, confidence)
+    rng, first = np.random.default_rng(seed), np.zeros(len(scores), dtype=bool)
+    for who in (member, ~member):
+        places = rng.permutation(np.flatnonzero(who))
+        if len(places) < 2:
+            raise ValueError(f"the bound needs at least 2 members and 2 non-members, got {len(places)} on one side")
+        first[places[: len(places) // 2]] = True
+    alpha = (1 - confidence) / 2
+    tests = [(sign, cut) for sign in (1, -1) for cut in np.unique(scores[first])]
+    counted = [_counts(scores[first], member[first], *test) for test in tests]
+    best = int(np.argmax([_epsilon(*c, delta, alpha) for c in counted]))
+    sign, cut = tests[best]
+    hits, positives, alarms, negatives = _counts(scores[~first], member[~first], sign, cut)
+    perfect = _epsilon(positives, positives, 0, negatives, delta, alpha)
+    what = f"{'score' if sign > 0 else 'no score'} at or above {cut:.3g}"
+    detail = f"threshold from a held-out half: {what} for {hits} of {positives} against {alarms} of {negatives}"
+    epsilon = _epsilon(hits, positives, alarms, negatives, delta, alpha)
+    return LowerBound(epsilon, delta, confidence, "Clopper-Pearson", detail, perfect)
+
+
+def one_run_bound(
+    scores: np.ndarray, included: np.ndarray, *, delta: float, confidence: float = 0.95,
+    guesses: tuple[int, int] | None = None, minimum: int = 1000,
+) -> LowerBound:
+    """Lower bound from ONE training run with canaries [m], each included by an independent fair coin.
+
+    The auditor guesses "in" for the guesses[0] highest scores and "out" for the guesses[1] lowest, and abstains on the rest
+    (default: a tenth of all on either side, where most of the certainty is; the number must not be tuned on these
+    scores). With v of r guesses right, (epsilon, delta) is refuted when
+    P[Binomial(r, q) >= v] + 2 m delta max_i P[v > Binomial(r, q) >= v - i] / i  <=  1 - confidence,  q = 1 / (1 + exp(-epsilon))
+    (Steinke et al. 2023, theorem 5.2). Ties are broken by position. Raises ValueError for fewer than `minimum` canaries.
+    """
+    scores, included = _checked(scores, included, delta, confidence)
+    m = len(scores)
+    integer("number of canaries", m, low=minimum, fix="fewer say next to nothing in one run")
+    high, low = (m // 10, m // 10) if guesses is None else guesses
+    integer("guesses 'in'", high, low=0, high=m)
+    integer("guesses 'out'", low, low=0, high=m - high)
+    r = integer("guesses", high + low, low=1)
+    order = np.argsort(-scores, kind="stable")
+    right = int(included[order[:high]].sum()) + int((~included[order[m - low :]]).sum())
+
+    def largest(v: int) -> float:
+        refuted = [0.0, LARGEST]
+        if not _p_value(v, r, m, delta, 0.0) <= 1 - confidence:
+            return 0.0
+        for _ in range(60):
+            middle = sum(refuted) / 2
+            refuted[0 if _p_value(v, r, m, delta, middle) <= 1 - confidence else 1] = middle
+        return refuted[0]
+
+    return LowerBound(largest(right), delta, confidence, "one run", f"{right} of {r} guesses right on {m} canaries", largest(r))
+
+
+def _p_value(v: int, r: int, m: int, delta: float, epsilon: float) -> float:
+    """How likely v or more of r guesses are right if (epsilon, delta) holds: at most this."""
+    q = 1 / (1 + np.exp(-epsilon))
+    tail = stats.binom.sf(v - 1, r, q)
+    if delta == 0 or v == 0:
+        return float(tail)
+    i = np.arange(1, v + 1)  # beyond v there is no further probability, and the divisor only grows
+    between = stats.binom.sf(v - i - 1, r, q) - tail
+    return float(min(1.0, tail + 2 * m * delta * (between / i).max()))
+
+
+def _epsilon(hits, positives, alarms, negatives, delta: float, alpha: float) -> float:
+    low = stats.beta.ppf(alpha, hits, positives - hits + 1) if hits else 0.0
+    high = stats.beta.ppf(1 - alpha, alarms + 1, negatives - alarms) if alarms < negatives else 1.0
+    return float(np.log((low - delta) / high)) if low - delta > high else 0.0
+
+
+def _counts(scores, member, sign: int, cut: float) -> tuple[int, int, int, int]:
+    """Hits, trials, false alarms, trials of "member if score >= cut" (sign 1) or of "non-member if score < cut" (sign -1)."""
+    above = scores >= cut
+    if sign > 0:
+        return int((above & member).sum()), int(member.sum()), int((above & ~member).sum()), int((~member).sum())
+    return int((~above & ~member).sum()), int((~member).sum()), int((~above & member).sum()), int(member.sum())
+
+
+def _checked(scores, member, delta: float, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    scores, member = np.asarray(scores, dtype=np.float64), np.asarray(member, dtype=bool)
+    if scores.ndim != 1 or scores.shape != member.shape:
+        raise ValueError(f"scores and members must be lists of one length, got shapes {scores.shape} and {member.shape}")
+    if np.isnan(scores).any():
+        raise ValueError("scores contain NaN; leave such trials out on both sides")
+    finite("delta", delta, low=0, high=1)
+    finite("confidence", confidence, low=0.5, high=0.9999)
+    return scores, member

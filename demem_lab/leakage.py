@@ -1,0 +1,293 @@
+"""How much do scores give away? Measures that look at the worst cases first, with intervals.
+
+>>> found = evaluate(scores, member)                    # both [M, N]; higher score = more likely a member  # doctest: +SKIP
+>>> found.tpr_at(0.01), found.auc.mean()                                                                    # doctest: +SKIP
+
+An average over samples hides the few that are given away for certain, so the headline is the true positive rate at a low
+false positive rate (Carlini et al. 2022); it is shown only where there are enough non-members to resolve it. Averages
+are there as well, labelled for what they are: `balanced_accuracy` chooses its threshold on the very scores that it then
+judges (as Song & Mittal 2021 do), `held_out_accuracy` does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from demem_lab.validate import choice, finite
+
+MIN_FALSE_POSITIVES = 5  # a rate is shown only where at least this many false positives are expected
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its interval; low and high are None where one value gives none."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """What an attack achieves against each of M targets."""
+
+    fprs: tuple[float, ...]
+    auc: np.ndarray  # [M]
+    tpr: np.ndarray  # [M, F] at thresholds with at most that share of false positives
+    balanced_accuracy: np.ndarray  # [M] at the best threshold on these very scores: optimistic
+    members: np.ndarray  # int [M]
+    non_members: np.ndarray  # int [M]
+
+    @property
+    def resolved(self) -> np.ndarray:
+        """bool [F]: enough non-members for this rate to mean something (5 expected false positives)."""
+        return np.array(self.fprs) * self.non_members.min() >= MIN_FALSE_POSITIVES
+
+    def tpr_at(self, fpr: float) -> float | None:
+        """Mean true positive rate over the targets; None where the rate cannot be resolved."""
+        column = self._column(fpr)
+        return float(self.tpr[:, column].mean()) if self.resolved[column] else None
+
+    def interval(self, fpr: float, *, model: int, level: float = 0.95) -> Interval:
+        """Clopper-Pearson interval of one model's true positive rate (its members are the trials)."""
+        n, rate = int(self.members[model]), float(self.tpr[model, self._column(fpr)])
+        return proportion(round(rate * n), n, level=level)
+
+    def over_targets(self, fpr: float, *, level: float = 0.95) -> Interval:
+        """The true positive rate with an interval: Clopper-Pearson for one target, a t-interval over several.
+
+        Targets of one ensemble share samples and serve as each other's references: the interval says how much targets
+        differ, not how another draw of the data would. None for a rate that cannot be resolved is the caller's to check.
+        """
+        if len(self.auc) == 1:
+            return self.interval(fpr, model=0, level=level)
+        return seed_interval(self.tpr[:, self._column(fpr)], level=level)
+
+    def precision(self, fpr: float, *, prior: float) -> float | None:
+        """The share of true members among those accused, if a share `prior` of all samples asked about were members.
+
+        At 1 % false positives and a prior of 1 %, an attack needs a true positive rate of 50 % to be right every other time.
+        None where the rate cannot be resolved.
+        """
+        finite("prior", prior, low=0, high=1)
+        rate = self.tpr_at(fpr)
+        accused = None if rate is None else prior * rate + (1 - prior) * fpr
+        return prior * rate / accused if accused else None
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a model; unresolved rates are missing, not numbers."""
+        columns = {"auc": self.auc, "balanced accuracy (optimistic)": self.balanced_accuracy, "members": self.members}
+        frame = pd.DataFrame({**columns, "non-members": self.non_members})
+        for f, fpr in enumerate(self.fprs):
+            frame[f"TPR at {fpr:.1%} FPR"] = self.tpr[:, f] if self.resolved[f] else pd.NA
+        return frame
+
+    def _column(self, fpr: float) -> int:
+        return self.fprs.index(choice("fpr", fpr, self.fprs))
+
+
+def evaluate(
+    scores: np.ndarray, member: np.ndarray, *, fprs: Sequence[float] = (0.1, 0.01, 0.001), subset: np.ndarray | None = None
+) -> Leakage:
+    """ROC measures of scores [M, N] for each target; `subset` bool [N] restricts the members that count.
+
+    Thresholds are global: they come from ALL non-members of the model, also for a subset. One sort a model.
+    """
+    scores, member = _checked(scores, member)
+    inside = member if subset is None else member & np.asarray(subset, dtype=bool)
+    if not inside.any(1).all() or member.all(1).any():
+        raise ValueError("every model needs at least one member (of the subset) and one non-member")
+    auc, tpr, balanced = [], [], []
+    for s, m, chosen in zip(scores, member, inside, strict=True):
+        true, false = _steps(s, chosen, ~m)
+        auc.append(((true[1:] + true[:-1]) / 2 * np.diff(false)).sum() / (true[-1] * false[-1]))
+        # the last step with at most fpr * n false positives; ties are one step, so nobody is accused by halves
+        at = [np.searchsorted(false, np.floor(f * false[-1] + 1e-9), side="right") - 1 for f in fprs]
+        tpr.append(true[at] / true[-1])
+        balanced.append(((true / true[-1] + 1 - false / false[-1]) / 2).max())
+    counts = inside.sum(1), (~member).sum(1)
+    return Leakage(tuple(fprs), np.array(auc), np.array(tpr), np.array(balanced), *counts)
+
+
+def held_out_accuracy(
+    scores: np.ndarray, member: np.ndarray, *, y: np.ndarray | None = None, seed: int = 0
+) -> np.ndarray:
+    """Balanced accuracy [M] of a threshold that was chosen elsewhere: each half of the samples is judged by the other's.
+
+    The halves are drawn at random among members and non-members alike. y: labels [N], for one threshold a class (Song &
+    Mittal 2021); a class that the choosing half lacks on either side uses the global one. About 0.5 where nothing leaks,
+    which `Leakage.balanced_accuracy` never is.
+    """
+    scores, member = _checked(scores, member)
+    y = np.zeros(scores.shape[1], dtype=int) if y is None else np.asarray(y)
+    rng, out = np.random.default_rng(seed), []
+    for s, m in zip(scores, member, strict=True):
+        half = np.zeros(len(s), dtype=bool)
+        for who in (m, ~m):
+            places = rng.permutation(np.flatnonzero(who))
+            half[places[: len(places) // 2]] = True
+        order = np.argsort(-s)  # once: every part of it stays in order
+        s, m, half, label = s[order], m[order], half[order], y[order]
+        right = np.zeros(len(s), dtype=bool)
+        for choosing in (half, ~half):
+            if not (m & choosing).any() or (m | ~choosing).all():
+                raise ValueError("a held-out threshold needs at least two members and two non-members of every model")
+            everywhere = _best_threshold(s[choosing], m[choosing])
+            for one in np.unique(label):
+                same = np.flatnonzero(label == one)
+                mine, theirs = same[choosing[same]], same[~choosing[same]]
+                usable = m[mine].any() and not m[mine].all()
+                cut = _best_threshold(s[mine], m[mine]) if usable else everywhere
+                right[theirs] = (s[theirs] >= cut) == m[theirs]
+        out.append((right[m].mean() + right[~m].mean()) / 2)
+    return np.array(out)
+
+
+def by_group(
+    scores: np.ndarray, member: np.ndarray, groups: Mapping[str, np.ndarray] | np.ndarray, *, fpr: float
+) -> pd.DataFrame:
+    """One row a group: members found at the one global threshold, with Clopper-Pearson limits, and the AUC.
+
+    groups: name -> bool [N], or labels [N] for one group a class. Members of all targets are pooled for the limits, so
+    they are too narrow where targets share samples (said in the column's name). Thresholds of their own, chosen on the
+    group's non-members, only where fpr is at least 10 %: elsewhere a group has too few.
+    """
+    scores, member = _checked(scores, member)
+    if not isinstance(groups, Mapping):
+        groups = {str(label): np.asarray(groups) == label for label in np.unique(groups)}
+    rows = {}
+    for name, inside in groups.items():
+        inside = np.asarray(inside, dtype=bool)
+        if inside.shape != member.shape[1:]:
+            raise ValueError(f"group {name!r} must be bool [{member.shape[1]}], got shape {list(inside.shape)}")
+        if not (member & inside).any(1).all():
+            continue
+        found = evaluate(scores, member, fprs=(fpr,), subset=inside)
+        trials = int(found.members.sum())
+        pooled = proportion(round(float((found.tpr[:, 0] * found.members).sum())), trials)
+        shown = bool(found.resolved[0])
+        rows[name] = {
+            "members": trials, "found": pooled.mean if shown else None, "low (pooled)": pooled.low if shown else None,
+            "high (pooled)": pooled.high if shown else None, "auc": float(found.auc.mean()),
+        }
+        if fpr >= 0.1 and (~member & inside).any(1).all():
+            own = evaluate(scores[:, inside], member[:, inside], fprs=(fpr,))
+            rows[name]["found at its own threshold"] = own.tpr_at(fpr)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def canaries(scores: np.ndarray, member: np.ndarray, planted: np.ndarray, *, fpr: float) -> dict[str, float | int | None]:
+    """How far planted worst cases (for instance mislabelled samples) are given away: bool [N] `planted`.
+
+    "at the global threshold": as the attacker of everybody would find them; "among canaries": told apart from canaries
+    that were left out, the measure of Aerni, Zhang & Tramer (CCS 2024), None where those cannot resolve `fpr`.
+    """
+    planted = np.asarray(planted, dtype=bool)
+    everybody = evaluate(scores, member, fprs=(fpr,), subset=planted)
+    scores, member = _checked(scores, member)
+    alone = evaluate(scores[:, planted], member[:, planted], fprs=(fpr,))
+    return {
+        "canaries": int(planted.sum()), "at the global threshold": everybody.tpr_at(fpr), "among canaries": alone.tpr_at(fpr),
+        "auc among canaries": float(alone.auc.mean()),
+    }
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How surely each sample is attacked, whichever model is the target."""
+
+    hit: np.ndarray  # [N] share of the targets with the sample that find it at the false positive rate asked for
+    false_alarm: np.ndarray  # [N] share of the targets without it that accuse it
+    fraction: float  # of the samples: found by at least `share` of their targets and accused by no more than 1 - share
+
+
+def reliably_found(scores: np.ndarray, member: np.ndarray, *, fpr: float, share: float = 0.9) -> Reliability:
+    """The samples that are attacked reliably across targets: an average of 5 % may be 5 % of the people, every time.
+
+    Raises ValueError where `fpr` cannot be resolved or a sample is a member (or non-member) of no target.
+    """
+    finite("share", share, low=0.5, high=1)
+    scores, member = _checked(scores, member)
+    outside = int((~member).sum(1).min())
+    if fpr * outside < MIN_FALSE_POSITIVES:
+        needed = int(np.ceil(MIN_FALSE_POSITIVES / fpr)) if fpr > 0 else "infinitely many"
+        raise ValueError(f"{outside} non-members cannot resolve a false positive rate of {fpr:g}; that takes {needed}")
+    if not member.any(0).all() or member.all(0).any():
+        raise ValueError("every sample must be a member of one target at least and a non-member of another")
+    accused = np.zeros_like(member)
+    for row, s, m in zip(accused, scores, member, strict=True):
+        negative = np.sort(s[~m])
+        row[:] = s > negative[len(negative) - 1 - int(np.floor(fpr * len(negative) + 1e-9))]
+    hit = (accused & member).sum(0) / member.sum(0)
+    alarm = (accused & ~member).sum(0) / (~member).sum(0)
+    return Reliability(hit, alarm, float(((hit >= share) & (alarm <= 1 - share + 1e-12)).mean()))
+
+
+def roc(scores: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates of one target (scores [N], member [N])."""
+    from sklearn.metrics import roc_curve
+
+    fpr, tpr, _ = roc_curve(np.asarray(member, dtype=bool), np.asarray(scores, dtype=np.float64), drop_intermediate=False)
+    return fpr, tpr
+
+
+def mean_roc(scores: np.ndarray, member: np.ndarray, *, points: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """The ROC averaged over targets on a logarithmic grid of those false positive rates that can be resolved."""
+    smallest = MIN_FALSE_POSITIVES / int((~np.asarray(member, dtype=bool)).sum(1).min())
+    if smallest >= 1:
+        raise ValueError(f"fewer than {MIN_FALSE_POSITIVES} non-members cannot resolve any false positive rate")
+    grid = np.geomspace(smallest, 1, points)
+    return grid, evaluate(scores, member, fprs=tuple(grid)).tpr.mean(0)
+
+
+def proportion(count: int, n: int, *, level: float = 0.95) -> Interval:
+    """count / n with its Clopper-Pearson interval."""
+    found = stats.binomtest(count, n).proportion_ci(level, method="exact")
+    return Interval(count / n, float(found.low), float(found.high), n)
+
+
+def seed_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Mean and t-interval over seeds; one value has no interval."""
+    values = np.asarray(values, dtype=np.float64)
+    n, mean = len(values), float(values.mean())
+    if n < 2:
+        return Interval(mean, None, None, n)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def _steps(scores: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cumulative true and false positives [steps + 1] as the threshold falls from infinity, one step a distinct score."""
+    counted = positive | negative
+    s, hit, miss = scores[counted], positive[counted], negative[counted]
+    order = np.argsort(-s)
+    s = s[order]
+    last = np.append(s[1:] != s[:-1], True)  # the end of every run of equal scores
+    return tuple(np.concatenate([[0], np.cumsum(part[order])[last]]) for part in (hit, miss))
+
+
+def _best_threshold(scores: np.ndarray, member: np.ndarray) -> float:
+    """The score s for which "member where score >= s" has the best balanced accuracy; inf when nobody is best.
+
+    scores must fall from left to right.
+    """
+    last = np.append(scores[1:] != scores[:-1], True)
+    true, false = np.cumsum(member), np.cumsum(~member)
+    gain = (true / true[-1] - false / false[-1])[last]
+    best = int(gain.argmax())
+    return float(scores[last][best]) if gain[best] > 0 else np.inf
+
+
+def _checked(scores: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scores, member = np.asarray(scores, dtype=np.float64), np.asarray(member, dtype=bool)
+    if scores.shape != member.shape or scores.ndim != 2:
+        raise ValueError(f"scores and member must both be [M, N], got {list(scores.shape)} and {list(member.shape)}")
+    if np.isnan(scores).any():
+        raise ValueError("scores contain NaN; check the signals they were computed from")
+    return scores, member
