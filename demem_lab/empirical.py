@@ -58,10 +58,7 @@ def clopper_pearson_bound(
             raise ValueError(f"the bound needs at least 2 members and 2 non-members, got {len(places)} on one side")
         first[places[: len(places) // 2]] = True
     alpha = (1 - confidence) / 2
-    tests = [(sign, cut) for sign in (1, -1) for cut in np.unique(scores[first])]
-    counted = [_counts(scores[first], member[first], *test) for test in tests]
-    best = int(np.argmax([_epsilon(*c, delta, alpha) for c in counted]))
-    sign, cut = tests[best]
+    sign, cut = _best_test(scores[first], member[first], delta, alpha)
     hits, positives, alarms, negatives = _counts(scores[~first], member[~first], sign, cut)
     perfect = _epsilon(positives, positives, 0, negatives, delta, alpha)
     what = f"{'score' if sign > 0 else 'no score'} at or above {cut:.3g}"
@@ -115,10 +112,25 @@ def _p_value(v: int, r: int, m: int, delta: float, epsilon: float) -> float:
     return float(min(1.0, tail + 2 * m * delta * (between / i).max()))
 
 
-def _epsilon(hits, positives, alarms, negatives, delta: float, alpha: float) -> float:
-    low = stats.beta.ppf(alpha, hits, positives - hits + 1) if hits else 0.0
-    high = stats.beta.ppf(1 - alpha, alarms + 1, negatives - alarms) if alarms < negatives else 1.0
-    return float(np.log((low - delta) / high)) if low - delta > high else 0.0
+def _best_test(scores, member, delta: float, alpha: float) -> tuple[int, float]:
+    """(sign, threshold) with the largest bound on these trials; all thresholds of both directions at once."""
+    cuts = np.unique(scores)
+    inside, outside = np.sort(scores[member]), np.sort(scores[~member])
+    below_in, below_out = np.searchsorted(inside, cuts), np.searchsorted(outside, cuts)
+    accuse = _epsilon(len(inside) - below_in, len(inside), len(outside) - below_out, len(outside), delta, alpha)
+    clear = _epsilon(below_out, len(outside), below_in, len(inside), delta, alpha)
+    best = int(np.argmax(np.concatenate([accuse, clear])))
+    return (1, float(cuts[best])) if best < len(cuts) else (-1, float(cuts[best - len(cuts)]))
+
+
+def _epsilon(hits, positives: int, alarms, negatives: int, delta: float, alpha: float):
+    """log((TPR - delta) / FPR), at least 0, from one-sided Clopper-Pearson limits; numbers or arrays of hits and alarms."""
+    hits, alarms = np.asarray(hits, dtype=float), np.asarray(alarms, dtype=float)
+    # the beta distribution needs positive parameters; the limits at 0 hits and at nothing but alarms are 0 and 1
+    low = np.where(hits > 0, stats.beta.ppf(alpha, np.maximum(hits, 1), positives - hits + 1), 0.0)
+    high = np.where(alarms < negatives, stats.beta.ppf(1 - alpha, alarms + 1, np.maximum(negatives - alarms, 1)), 1.0)
+    found = np.log(np.maximum(low - delta, high) / high)
+    return found if found.ndim else float(found)
 
 
 def _counts(scores, member, sign: int, cut: float) -> tuple[int, int, int, int]:
