@@ -250,3 +250,54 @@ def test_what_the_target_and_its_twin_say_has_no_part_in_the_references():
     for attack in (mi.lira, mi.rmia):
         assert np.allclose(attack(abs(signal), member)[0], attack(abs(changed), member)[0], rtol=1e-6)
         assert not np.allclose(attack(abs(signal), member)[2], attack(abs(changed), member)[2])
+
+
+@pytest.mark.parametrize("digits", [8, 0])
+def test_one_threshold_a_class_by_loops(digits):
+    signal, member = game(models=6, n=40)
+    signal, y = signal.round(digits), np.random.default_rng(0).integers(0, 3, 40)
+    found, other = mi.by_class(signal, y, member), mi.twins(member)
+    for t in range(6):
+        keep = [m for m in range(6) if m not in (t, other[t])]
+        for i in range(40):
+            pool = np.array([signal[m, j] for m in keep for j in range(40) if not member[m, j] and y[j] == y[i]])
+            assert found[t, i] == pytest.approx((pool < signal[t, i]).mean() + (pool == signal[t, i]).mean() / 2)
+
+
+def test_a_threshold_for_each_class_helps_where_classes_differ_and_is_fair_where_nothing_leaks():
+    rng, y = np.random.default_rng(0), np.arange(600) % 3
+    member = member_masks(600, 6, seed=0).numpy()
+    noise = rng.normal(size=member.shape) + 6 * y
+    told = noise + 1.5 * member
+    assert lk.evaluate(mi.by_class(told, y, member), member).auc.mean() > lk.evaluate(told, member).auc.mean() + 0.1
+    silent = lk.evaluate(mi.by_class(noise, y, member), member, fprs=(0.1,))
+    assert abs(silent.auc.mean() - 0.5) < 0.03 and abs(silent.tpr.mean() - 0.1) < 0.03
+    with pytest.raises(ValueError, match="no out-reference"):
+        mi.by_class(noise[:2], y, member[:2])
+    with pytest.raises(ValueError, match=r"labels must be \[N\]"):
+        mi.by_class(noise, y[:5], member)
+
+
+def test_the_naive_attacker_uses_other_peoples_references():
+    signal, member = game(models=8, n=50)
+    undefended, _ = game(models=8, n=50, strength=3.0, seed=0)
+    assert np.allclose(mi.lira(signal, member, references=signal), mi.lira(signal, member))
+    naive = mi.lira(signal, member, references=undefended)
+    for t in (0, 5):  # target t among the undefended is what the naive attacker believes it sees
+        mixed = undefended.copy()
+        mixed[t] = signal[t]
+        assert np.allclose(naive[t], mi.lira(mixed, member)[t])
+    with pytest.raises(ValueError, match="shaped like the signal|signal must be"):
+        mi.lira(signal, member, references=undefended[:, :10])
+
+
+def test_who_was_treated_shows_where_treatment_takes_membership_away():
+    rng, member = np.random.default_rng(0), member_masks(300, 8, seed=0).numpy()
+    treated = np.arange(300) < 60
+    plain = 3.0 * member + rng.normal(size=member.shape)
+    defended = 3.0 * (member & ~treated) + rng.normal(size=member.shape)
+    scores = mi.treated_inference(defended, plain, member)
+    assert np.isnan(scores[~member]).all()
+    auc = [roc_auc_score(treated[m], s[m]) for s, m in zip(scores, member, strict=True)]
+    none = [roc_auc_score(treated[m], s[m]) for s, m in zip(mi.treated_inference(plain, plain, member), member, strict=True)]
+    assert np.mean(auc) > 0.9 and abs(np.mean(none) - 0.5) < 0.06

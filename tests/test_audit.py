@@ -1,0 +1,271 @@
+"""One call on arrays, files or a model: its numbers are those of the attacks by hand, and its words do not overstate them."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from demem_lab import audit as auditing
+from demem_lab import membership, signals
+from demem_lab.attacks import PGD
+from demem_lab.audit import audit, load_weights
+from demem_lab.cli import app
+from demem_lab.data import member_masks
+from demem_lab.empirical import one_run_bound
+from demem_lab.files import outputs_from_arrays, write
+from demem_lab.leakage import evaluate, held_out_accuracy
+from demem_lab.mechanisms import DPSGD
+from demem_lab.report import AuditReport, page
+
+
+def single(n=600, m=600, k=4, strength=2.0, seed=0, adversarial=False):
+    rng, arrays = np.random.default_rng(seed), {}
+    for side, size, extra in (("member", n, strength), ("nonmember", m, 0.0)):
+        y = rng.integers(0, k, size)
+        z = rng.normal(size=(size, k))
+        z[np.arange(size), y] += 2 + extra * rng.gamma(1, 1, size)
+        arrays |= {f"{side}_logits": z, f"{side}_labels": y}
+        if adversarial:
+            arrays[f"{side}_adv_logits"] = z - 1.5 * np.eye(k)[y]
+    return arrays
+
+
+def ensemble(models=8, n=1200, k=4, strength=3.0, seed=0):
+    rng = np.random.default_rng(seed)
+    member, y = member_masks(n, models, seed=seed).numpy(), rng.integers(0, k, n)
+    z = rng.normal(size=(models, n, k)).astype(np.float32)
+    z[:, np.arange(n), y] += 2 + strength * member * rng.gamma(0.5, 1, n)
+    return {"logits": z, "labels": y, "membership": member, "adv_logits": z - np.eye(k, dtype=np.float32)[y]}
+
+
+def test_one_model_by_hand():
+    arrays = single(adversarial=True)
+    report = audit(arrays)
+    outputs = outputs_from_arrays(arrays)
+    assert set(report.attacks) == {"confidence", "loss", "entropy", "modified_entropy", "label_robustness"}
+    for name, signal in signals.SIGNALS.items():
+        for query, table in (("clean", outputs.logits), ("adversarial", outputs.adv_logits)):
+            scores, entry = signal(table, outputs.labels), report.attacks[name][query]
+            found = evaluate(scores, outputs.membership, fprs=(0.1, 0.01))
+            assert entry["auc"] == pytest.approx(found.auc[0]) and entry["members"] == entry["non_members"] == 600
+            assert entry["balanced_accuracy"] == pytest.approx(found.balanced_accuracy[0])
+            assert entry["balanced_accuracy_held_out"] == pytest.approx(held_out_accuracy(scores, outputs.membership)[0])
+            assert set(entry["tpr_at_fpr"]) == {"0.1", "0.01"}  # 600 non-members do not resolve 0.001
+            for fpr in (0.1, 0.01):
+                rate, limits = entry["tpr_at_fpr"][f"{fpr:g}"], found.interval(fpr, model=0)
+                assert (rate["estimate"], rate["low"], rate["high"]) == pytest.approx((limits.mean, limits.low, limits.high))
+    right = outputs.logits[0].argmax(-1) == outputs.labels
+    assert report.utility["accuracy, members"] == pytest.approx(right[:600].mean())
+    assert report.attacks["label_robustness"]["clean"]["auc"] == pytest.approx(
+        0.5 + (right[:600].mean() - right[600:].mean()) / 2
+    )
+    assert "0.001" in report.warnings[-1] and "LiRA and RMIA" in report.skipped and "got 1" in report.skipped["LiRA and RMIA"]
+
+
+def test_an_ensemble_by_hand():
+    arrays = ensemble()
+    report = audit(arrays, fprs=(0.1, 0.02))
+    y, member = arrays["labels"], arrays["membership"]
+    clean, moved = (signals.logit_margin(arrays[name], y) for name in ("logits", "adv_logits"))
+    by_hand = {
+        ("lira_online", "clean"): membership.lira(clean, member),
+        ("lira_online", "adversarial"): membership.lira(moved, member),
+        ("lira_offline", "clean"): membership.lira(clean, member, online=False),
+        ("rmia", "adversarial"): membership.rmia(signals.confidence(arrays["adv_logits"], y), member),
+        ("lira_online", "combined"): membership.lira(np.stack([clean, moved]), member),
+    }
+    for (name, query), scores in by_hand.items():
+        found, entry = evaluate(scores, member, fprs=(0.1, 0.02)), report.attacks[name][query]
+        assert entry["auc"] == pytest.approx(found.auc.mean()) and entry["targets"] == 8
+        assert entry["tpr_at_fpr"]["0.02"]["estimate"] == pytest.approx(found.tpr[:, 1].mean())
+    assert set(report.attacks) == set(auditing.ATTACKS)
+    name, query, fpr = report.headline
+    assert fpr == 0.02 and report.attacks[name][query]["tpr_at_fpr"]["0.02"]["estimate"] == max(
+        e["tpr_at_fpr"]["0.02"]["estimate"] for queries in report.attacks.values() for e in queries.values()
+    )
+    kinds = {row["kind"] for row in report.groups}
+    assert "class" in kinds and any(kind.startswith("risk (scored on the other half") for kind in kinds)
+    tenths = [row["found"] for row in report.groups if row["kind"].startswith("risk")]
+    assert tenths[-1] > 3 * np.mean(tenths[:5])  # the leak sits with those whom the other models memorize
+
+
+def test_risk_groups_come_from_models_that_are_not_attacked():
+    arrays = ensemble()
+    half = auditing._two_halves(arrays["membership"])
+    other = membership.twins(arrays["membership"])
+    assert half.sum() == 4 and (half[other] == half).all()
+    assert (
+        auditing._two_halves(arrays["membership"][:6]) is None and auditing._two_halves(arrays["membership"][[0, 2] * 4]) is None
+    )
+
+
+def test_chance_looks_like_chance():
+    arrays = ensemble(strength=0.0, seed=3)
+    report = audit(arrays, fprs=(0.1,))
+    for name, queries in report.attacks.items():
+        for query, entry in queries.items():
+            assert abs(entry["auc"] - 0.5) < 0.03, (name, query)
+            assert abs(entry["balanced_accuracy_held_out"] - 0.5) < 0.03 and entry["tpr_at_fpr"]["0.1"]["estimate"] < 0.14
+
+
+def test_saved_loaded_and_shown(tmp_path):
+    report = audit(ensemble(), fprs=(0.1,), name="a <b> & c", planted=np.arange(1200) < 200, guarantee="(2, 1e-5)-DP, they say")
+    assert AuditReport.load(report.save(tmp_path / "a.json")) == report
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["attacks"]["lira_online"]["clean"]["tpr_at_fpr"]["0.1"].keys() == {"estimate", "low", "high"}
+    html = report.to_html()
+    assert "a &lt;b&gt; &amp; c" in html and "<b> & c" not in html and "(2, 1e-5)-DP, they say" in html and "@media print" in html
+    outside = re.sub(r"<script>.*?</script>", "", html, flags=re.S)
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", outside)
+    assert len(report.figures()) >= 5 and html.count("Plotly.newPlot(") >= len(report.figures())
+    assert report.canaries["canaries"] == 200 and "best of" in report.summary()
+    frame = report.to_frame()
+    assert (
+        frame.loc[("lira_online", "combined"), "TPR at 10.0% FPR"]
+        == report.attacks["lira_online"]["combined"]["tpr_at_fpr"]["0.1"]["estimate"]
+    )
+    assert "2 audits" in page([report, report])
+    (tmp_path / "b.json").write_text("{}")
+    with pytest.raises(ValueError, match="not an audit report"):
+        AuditReport.load(tmp_path / "b.json")
+
+
+def test_no_number_without_its_conditions():
+    promised = DPSGD(1.0).guarantee(sampling_rate=0.1, steps=10, delta=1e-5, n=100)
+    report = audit(single(), guarantee=promised)
+    assert report.guarantee == str(promised) and "not accounted" in report.to_html()
+    assert "none known" in audit(single()).to_html()
+
+
+def test_one_run_bounds_epsilon_only_for_independent_coins():
+    assert "independent fair coin" in audit(single()).skipped["empirical epsilon"]
+    report = audit(single(strength=8.0), independent_coins=True)
+    assert report.empirical["epsilon_at_least"] > 0.5 and "epsilon &gt;= " in report.to_html()
+    outputs = outputs_from_arrays(single(strength=8.0))
+    by_hand = one_run_bound(-signals.cross_entropy(outputs.logits, outputs.labels)[0], outputs.membership[0], delta=1e-5)
+    assert report.empirical["epsilon_at_least"] == by_hand.epsilon and report.empirical["attack"] == "loss"
+    assert "at least 1,000" in audit(single(n=300, m=300), independent_coins=True).skipped["empirical epsilon"]
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 4))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    x, y = torch.rand(400, 1, 4, 4), torch.randint(0, 4, (400,))
+    net = Small()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(200):  # by heart: there is nothing else to learn
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x[:200]), y[:200]).backward()
+        optimizer.step()
+    return net, (x[:200], y[:200]), (x[200:], y[200:])
+
+
+def test_a_torch_model_with_its_data(trained):
+    net, members, others = trained
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    report = audit(net, members=members, non_members=others, eps=0.02, fprs=(0.1,), autoattack=20, name="small")
+    net.eval()
+    with torch.no_grad():
+        arrays = {
+            "member_logits": net(members[0]).numpy(),
+            "member_labels": members[1].numpy(),
+            "nonmember_logits": net(others[0]).numpy(),
+            "nonmember_labels": others[1].numpy(),
+        }
+    for side, (x, y) in (("member", members), ("nonmember", others)):
+        z = PGD(0.02, 10, random_start=False)(net, x, y)
+        arrays[f"{side}_adv_logits"] = net(z).detach().numpy()
+    direct = audit(arrays, fprs=(0.1,))
+    for name in direct.attacks:
+        for query in ("clean", "adversarial"):
+            assert report.attacks[name][query]["auc"] == pytest.approx(direct.attacks[name][query]["auc"], abs=1e-3)
+    assert report.utility == pytest.approx(direct.utility) and report.attacks["loss"]["clean"]["auc"] > 0.8
+    strong = report.robustness["non-members under the query attack and PGD with restarts"]
+    assert strong <= report.robustness["non-members, clean and on the adversarial inputs given"] + 1e-9
+    assert 0 <= report.robustness["AutoAttack, the first 20 non-members"] <= 1
+    assert all(torch.equal(before[name], p) for name, p in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"non_members": None}, "a model alone"),
+        ({"eps": -1.0}, "eps"),
+        ({"autoattack": 5, "eps": None}, "needs a radius"),
+        ({"autoattack": 1000}, "autoattack"),
+    ],
+)
+def test_a_model_without_what_it_needs(trained, change, words):
+    net, members, others = trained
+    with pytest.raises(ValueError, match=words):
+        audit(net, **({"members": members, "non_members": others, "eps": 0.02, "fprs": (0.1,)} | change))
+
+
+def test_the_same_images_on_both_sides_are_noticed(trained):
+    net, members, _ = trained
+    with pytest.raises(ValueError, match="equal inputs"):
+        audit(net, members=members, non_members=members, fprs=(0.1,))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: audit(single(n=30, m=30)), "bring at least 50"),
+        (lambda: audit(single(), eps=0.1), "belong to a torch.nn.Module"),
+        (lambda: audit(single(), prior=2.0), "prior"),
+        (lambda: audit(single(), groups={"a": np.ones(3, dtype=bool)}), "group 'a'"),
+    ],
+)
+def test_bad_calls(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_weights_come_from_safetensors_and_plain_checkpoints_only(trained, tmp_path):
+    from safetensors.torch import save_file
+
+    net, _, _ = trained
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "w.pt")
+    for name in ("w.safetensors", "w.pt"):
+        loaded = load_weights(Small(), tmp_path / name)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), net.parameters(), strict=True))
+    torch.save(net, tmp_path / "whole.pt")  # a whole module is a pickle
+    (tmp_path / "no.safetensors").write_bytes(b"nothing")
+    save_file({"a": torch.zeros(3)}, tmp_path / "other.safetensors")
+    for name in ("whole.pt", "no.safetensors", "other.safetensors"):
+        with pytest.raises(ValueError, match="does not hold weights"):
+            load_weights(Small(), tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        load_weights(Small(), tmp_path / "none.pt")
+
+
+def test_report_on_the_command_line(tmp_path):
+    one, many = write(tmp_path / "one.npz", single()), write(tmp_path / "many.safetensors", ensemble())
+    run = CliRunner().invoke(
+        app, ["report", str(one), "--html", str(tmp_path / "o" / "a.html"), "--json", str(tmp_path / "a.json")]
+    )
+    assert run.exit_code == 0 and "strongest attack" in run.output and "not done: LiRA" in run.output
+    assert AuditReport.load(tmp_path / "a.json") == replace(
+        audit(single(), name="one.npz"), obtained=AuditReport.load(tmp_path / "a.json").obtained
+    )
+    assert "<html" in (tmp_path / "o" / "a.html").read_text()
+    run = CliRunner().invoke(app, ["report", str(one), str(many), "--json", str(tmp_path / "b.json"), "--fpr", "0.1"])
+    assert run.exit_code == 0 and set(json.loads((tmp_path / "b.json").read_text())["reports"]) == {"one.npz", "many.safetensors"}
+    (tmp_path / "bad.npz").write_bytes(b"\x80\x04nonsense")
+    for name in ("bad.npz", "none.npz"):
+        assert CliRunner().invoke(app, ["report", str(tmp_path / name)]).exit_code == 2

@@ -1,0 +1,202 @@
+"""Measures against brute force, scikit-learn and the promise that chance looks like chance."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from demem_lab import leakage as lk
+from demem_lab.data import member_masks
+
+
+def chance(models=4, n=400, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(models, n)), member_masks(n, models, seed=seed).numpy()
+
+
+def brute(scores, positive, negative, fprs):
+    """AUC, TPR at FPR and best balanced accuracy, by trying every threshold and every pair."""
+    p, q = scores[positive], scores[negative]
+    auc = np.mean([(a > q).mean() + (a == q).mean() / 2 for a in p])
+    rates = [((p >= t).mean(), (q >= t).mean()) for t in [*np.unique(scores), np.inf]] + [(0.0, 0.0)]
+    tpr = [max(a for a, b in rates if b <= f + 1e-12) for f in fprs]
+    return auc, tpr, max((a + 1 - b) / 2 for a, b in rates)
+
+
+KINDS = {
+    "continuous": lambda s: s,
+    "ties": lambda s: np.round(s),
+    "constant": lambda s: 0 * s,
+    "binary": lambda s: (s > 0.5).astype(float),
+    "infinite": lambda s: np.where(s > 1, np.inf, np.where(s < -1, -np.inf, s)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("subset", [False, True])
+def test_evaluate_by_brute_force(kind, subset):
+    scores, member = chance(3 + 1, 60)
+    scores = KINDS[kind](scores + member)
+    chosen, fprs = np.arange(60) % 3 == 0, (0.0, 0.04, 0.1, 0.5, 1.0)
+    found = lk.evaluate(scores, member, fprs=fprs, subset=chosen if subset else None)
+    for m in range(4):
+        inside = member[m] & chosen if subset else member[m]
+        auc, tpr, balanced = brute(scores[m], inside, ~member[m], fprs)
+        assert found.auc[m] == pytest.approx(auc) and found.tpr[m] == pytest.approx(tpr)
+        assert found.balanced_accuracy[m] == pytest.approx(balanced)
+
+
+@pytest.mark.parametrize("members", [1, 59])
+def test_one_member_or_one_non_member(members):
+    scores, member = np.random.default_rng(0).normal(size=(1, 60)), (np.arange(60) < members)[None]
+    found = lk.evaluate(scores, member, fprs=(0.1,))
+    auc, tpr, balanced = brute(scores[0], member[0], ~member[0], (0.1,))
+    assert (found.auc[0], found.tpr[0, 0], found.balanced_accuracy[0]) == pytest.approx((auc, tpr[0], balanced))
+
+
+@given(st.integers(0, 10_000), st.sampled_from(list(KINDS)))
+@settings(max_examples=30, deadline=None)
+def test_order_of_samples_means_nothing_and_rates_only_grow(seed, kind):
+    scores, member = chance(2, 50, seed)
+    scores = KINDS[kind](scores)
+    shuffle = np.random.default_rng(seed).permutation(50)
+    fprs = (0.0, 0.1, 0.3, 1.0)
+    a, b = (lk.evaluate(s, m, fprs=fprs) for s, m in ((scores, member), (scores[:, shuffle], member[:, shuffle])))
+    assert np.allclose(a.auc, b.auc) and np.allclose(a.tpr, b.tpr) and np.allclose(a.balanced_accuracy, b.balanced_accuracy)
+    assert (np.diff(a.tpr, axis=1) >= 0).all() and (a.tpr[:, -1] == 1).all()
+
+
+def test_a_held_out_threshold_is_honest_where_the_best_one_flatters():
+    honest, flattering = [], []
+    for seed in range(30):
+        scores, member = chance(2, 100, seed)
+        honest.append(lk.held_out_accuracy(scores, member, seed=seed).mean())
+        flattering.append(lk.evaluate(scores, member).balanced_accuracy.mean())
+    assert abs(np.mean(honest) - 0.5) < 4 * stats.sem(honest) and np.mean(flattering) > 0.55
+
+
+def slow_held_out(s, m, y, seed):
+    rng, half = np.random.default_rng(seed), np.zeros(len(s), dtype=bool)
+    for who in (m, ~m):
+        places = rng.permutation(np.flatnonzero(who))
+        half[places[: len(places) // 2]] = True
+
+    def best(where):
+        if not (m & where).any() or not (~m & where).any():
+            return None
+        cuts = [np.inf, *np.unique(s[where])[::-1]]
+        value = [
+            ((s >= t) & m & where).sum() / (m & where).sum() - ((s >= t) & ~m & where).sum() / (~m & where).sum() for t in cuts
+        ]
+        return cuts[int(np.argmax(value))]
+
+    right = np.zeros(len(s), dtype=bool)
+    for i in range(len(s)):
+        choosing = ~half if half[i] else half
+        cut = best(choosing & (y == y[i]))
+        cut = best(choosing) if cut is None else cut
+        right[i] = (s[i] >= cut) == m[i]
+    return (right[m].mean() + right[~m].mean()) / 2
+
+
+@pytest.mark.parametrize("classes", [1, 3, 25])
+def test_held_out_accuracy_by_loops(classes):
+    scores, member = chance(2, 70)
+    scores, y = (scores + member).round(1), np.random.default_rng(1).integers(0, classes, 70)
+    found = lk.held_out_accuracy(scores[:1], member[:1], y=y, seed=5)
+    assert found[0] == pytest.approx(slow_held_out(scores[0], member[0], y, 5))
+
+
+def test_held_out_accuracy_where_it_is_known():
+    _, member = chance(4, 80)
+    assert (lk.held_out_accuracy(member.astype(float), member) == 1).all()
+    assert (lk.held_out_accuracy(np.zeros(member.shape), member) == 0.5).all()
+    y = np.arange(80) % 2
+    shifted = member + 10.0 * y  # each class has its own zero
+    assert (lk.held_out_accuracy(shifted, member, y=y) == 1).all() and (lk.held_out_accuracy(shifted, member) < 0.8).all()
+    with pytest.raises(ValueError, match="at least two"):
+        lk.held_out_accuracy(np.zeros((1, 3)), np.array([[True, False, False]]))
+
+
+def test_precision_is_bayes_rule():
+    scores, member = chance(2, 4000)
+    found = lk.evaluate(scores + member, member, fprs=(0.1,))
+    rng, cut = np.random.default_rng(0), np.quantile(scores[0][~member[0]], 0.9)
+    asked = rng.random(200_000) < 0.05  # one in twenty of those asked about is a member
+    accused = rng.normal(size=200_000) + asked > cut
+    assert found.precision(0.1, prior=0.05) == pytest.approx(asked[accused].mean(), abs=0.02)
+    assert found.precision(0.1, prior=0.0) == 0 and found.precision(0.1, prior=1.0) == 1
+    assert lk.evaluate(scores[:, :40], member[:, :40], fprs=(0.01,)).precision(0.01, prior=0.5) is None
+
+
+def test_intervals_over_targets():
+    scores, member = chance(6, 200)
+    found = lk.evaluate(scores + member, member, fprs=(0.1,))
+    over, rates = found.over_targets(0.1), found.tpr[:, 0]
+    assert (over.low, over.high) == pytest.approx(stats.t.interval(0.95, 5, rates.mean(), stats.sem(rates)))
+    one = lk.evaluate(scores[:1] + member[:1], member[:1], fprs=(0.1,)).over_targets(0.1)
+    k = round(one.mean * 100)
+    assert (one.low, one.high) == pytest.approx((stats.beta.ppf(0.025, k, 101 - k), stats.beta.ppf(0.975, k + 1, 100 - k)))
+
+
+def test_groups_share_one_threshold():
+    scores, member = chance(4, 300)
+    easy = np.arange(300) < 60
+    scores = scores + 4 * (member & easy)
+    table = lk.by_group(scores, member, {"easy": easy, "rest": ~easy, "nobody": np.zeros(300, dtype=bool)}, fpr=0.1)
+    assert list(table.index) == ["easy", "rest"]  # a group without members has no row
+    for name, inside in (("easy", easy), ("rest", ~easy)):
+        one = lk.evaluate(scores, member, fprs=(0.1,), subset=inside)
+        assert table.loc[name, "auc"] == pytest.approx(one.auc.mean()) and table.loc[name, "members"] == one.members.sum()
+        assert table.loc[name, "found"] == pytest.approx((one.tpr[:, 0] * one.members).sum() / one.members.sum())
+        alone = lk.evaluate(scores[:, inside], member[:, inside], fprs=(0.1,))
+        # six non-members of a group of sixty cannot resolve a tenth: no number then
+        own = table.loc[name, "found at its own threshold"]
+        assert np.isnan(own) if alone.tpr_at(0.1) is None else own == pytest.approx(alone.tpr_at(0.1))
+    classes = lk.by_group(scores, member, np.arange(300) % 3, fpr=0.02)
+    assert list(classes.index) == ["0", "1", "2"] and "found at its own threshold" not in classes
+    assert lk.by_group(scores, member, np.arange(300) % 3, fpr=0.001)["found"].isna().all()
+    with pytest.raises(ValueError, match="group 'short'"):
+        lk.by_group(scores, member, {"short": easy[:5]}, fpr=0.1)
+
+
+def test_canaries_show_the_worst_case():
+    scores, member = chance(4, 600)
+    planted = np.arange(600) < 200
+    told = lk.canaries(scores + 5 * (member & planted), member, planted, fpr=0.1)
+    assert told["at the global threshold"] > 0.95 and told["among canaries"] > 0.95 and told["canaries"] == 200
+    silent = lk.canaries(scores, member, planted, fpr=0.1)
+    assert silent["among canaries"] < 0.25 and abs(silent["auc among canaries"] - 0.5) < 0.1
+    assert lk.canaries(scores, member, np.arange(600) < 40, fpr=0.1)["among canaries"] is None
+
+
+def test_reliably_found_by_loops():
+    scores, member = chance(6, 120)
+    scores = (scores + member).round(1)
+    found = lk.reliably_found(scores, member, fpr=0.1, share=0.6)
+    cuts = [np.sort(s[~m])[::-1][int(0.1 * (~m).sum())] for s, m in zip(scores, member, strict=True)]
+    for i in range(120):
+        hits = [scores[m, i] > cuts[m] for m in range(6) if member[m, i]]
+        alarms = [scores[m, i] > cuts[m] for m in range(6) if not member[m, i]]
+        assert found.hit[i] == pytest.approx(np.mean(hits)) and found.false_alarm[i] == pytest.approx(np.mean(alarms))
+    assert found.fraction == pytest.approx(((found.hit >= 0.6) & (found.false_alarm <= 0.4)).mean())
+
+
+def test_the_same_few_every_time():
+    scores, member = chance(8, 400)
+    exposed = np.arange(400) < 40
+    told = scores + 50 * (member & exposed) - 50 * (~member & exposed)
+    assert lk.reliably_found(told, member, fpr=0.05).fraction == pytest.approx(0.1)
+    assert lk.reliably_found(scores, member, fpr=0.05).fraction == 0
+    with pytest.raises(ValueError, match="cannot resolve .* that takes 5000"):
+        lk.reliably_found(scores, member, fpr=0.001)
+    with pytest.raises(ValueError, match="a member of one target"):
+        lk.reliably_found(scores[:1], member[:1], fpr=0.1)
+
+
+def test_auc_equals_scikit_learn_on_many_samples():
+    scores, member = chance(2, 5000)
+    found = lk.evaluate(scores + member, member)
+    assert found.auc == pytest.approx([roc_auc_score(m, s) for s, m in zip(scores + member, member, strict=True)])
