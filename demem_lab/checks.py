@@ -221,6 +221,54 @@ def check_selective(f: Callable) -> bool:
                          "the unprotected count too, as they are": short[who].sum(0) / 8})
 
 
+@_exercise("modified_entropy")
+def check_modified_entropy(f: Callable) -> bool:
+    """f(p [K], y) -> -(1 - p_y) log p_y - sum over k != y of p_k log(1 - p_k) (Song & Mittal 2021)."""
+    for p, y in (([0.7, 0.2, 0.1], 0), ([0.7, 0.2, 0.1], 1), ([0.5, 0.5], 0), ([0.1, 0.2, 0.3, 0.4], 3)):
+        p = np.array(p)
+        others = np.arange(len(p)) != y
+        tail = (p * np.log(1 - p))[others].sum()
+        _same(f"p = {p.tolist()}, y = {y}", _ask(f, p, y), -(1 - p[y]) * np.log(p[y]) - tail,
+              "the right class counts (1 - p) log p, every other class p log(1 - p), and the sign is minus", {
+                  "this is the plain entropy, which does not know the label": -(p * np.log(p)).sum(),
+                  "the sum runs over the OTHER classes only": -(1 - p[y]) * np.log(p[y]) - (p * np.log(1 - p)).sum(),
+                  "the sign is turned": (1 - p[y]) * np.log(p[y]) + tail,
+                  "the right class is weighted with 1 - p_y, not with p_y": -p[y] * np.log(p[y]) - tail})
+
+
+@_exercise("held_out")
+def check_held_out(f: Callable) -> bool:
+    """f(scores, member, new_scores, new_member) -> balanced accuracy on the new ones, the threshold chosen on the first.
+
+    The threshold is the score with the best balanced accuracy of "member if score >= threshold"; of equally good ones the
+    highest.
+    """
+    rng = np.random.default_rng(4)
+    equal = np.array([1.0, 2.0, 3.0, 4.0]), np.array([False, True, False, True]), np.array([2.5, 2.5, 9.0]), np.arange(3) != 1
+    cases = [equal]  # thresholds 2 and 4 are equally good
+    for n, strength in ((60, 1.0), (200, 0.3), (40, 0.0)):
+        member, new_member = (rng.random(n) < 0.4 for _ in range(2))
+        scores, new_scores = (rng.normal(size=n).round(1) + strength * m for m in (member, new_member))
+        cases.append((scores, member, new_scores, new_member))
+    for scores, member, new_scores, new_member in cases:
+
+        def accuracy(cut, s, m):
+            return ((s[m] >= cut).mean() + (s[~m] < cut).mean()) / 2
+
+        def best(s, m, accuracy=accuracy):
+            cuts = np.unique(s)[::-1]
+            return cuts[int(np.argmax([accuracy(c, s, m) for c in cuts]))]
+
+        cut = best(scores, member)
+        _same(f"{len(scores)} scores to choose on", _ask(f, scores, member, new_scores, new_member),
+              accuracy(cut, new_scores, new_member), "choose the threshold on the first pair alone, then use it on the second", {
+                  "the threshold was chosen on the scores that are judged: that flatters every attack":
+                      accuracy(best(new_scores, new_member), new_scores, new_member),
+                  "this judges the scores the threshold was chosen on": accuracy(cut, scores, member),
+                  "members and non-members count equally: average the two rates, not the samples":
+                      ((new_scores >= cut) == new_member).mean()})
+
+
 @_exercise("loss_variance")
 def check_loss_variance(f: Callable) -> bool:
     """f(losses [B], lam) -> mean + lam * unbiased variance, with a gradient; fewer than two losses add nothing."""

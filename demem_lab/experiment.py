@@ -22,7 +22,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from demem_lab import data, risk, training
+from demem_lab import data, queries, risk, training
 from demem_lab.attacks import PGD, margin
 from demem_lab.data import Dataset
 from demem_lab.mechanisms import DPSGD, Guarantee, Mechanism, Plain
@@ -40,7 +40,7 @@ from demem_lab.validate import choice, integer
 Flags = torch.Tensor  # bool [N]
 PLAIN_RATES = (0.03, 0.1, 0.3)
 CLIP_RATES = (0.5, 1.0, 2.0, 4.0)  # a clipped gradient is short, so the steps may be long
-MODULES = (*training.MODULES, "experiment")
+MODULES = (*training.MODULES, "queries", "experiment")
 
 
 @dataclass(frozen=True)
@@ -189,19 +189,19 @@ class Experiment:
             self.dataset, members, recipe, seeds=seeds, device=self.device, store=self.store, trace=trace,
             progress=self.progress, label=label,
         )
-        clean = training.outputs(ensemble, self.dataset, device=self.device)
-        moved = training.outputs(ensemble, self.dataset, attack=self.query, device=self.device)
+        clean = queries.outputs(ensemble, self.dataset, device=self.device)
+        moved = queries.outputs(ensemble, self.dataset, attack=self.query, device=self.device)
         # heavy noise blows logits up until cross-entropy is flat and PGD stands still: robust only by blindness.
         # The margin loss cannot be blinded that way, so a sample counts as robust when both attacks fail.
         y = self.dataset.y.numpy()
         robust = (clean.argmax(-1) == y) & (moved.argmax(-1) == y)
-        seeing = training.outputs(
+        seeing = queries.outputs(
             ensemble, self.dataset, attack=self.query, loss=margin, device=self.device, only=robust
         )  # whoever is fooled already is decided
         robust &= seeing.argmax(-1) == y
         arrays = {"clean": clean, "adversarial": moved, "robust": robust}
         if trace:
-            norms = training.gradient_norms(ensemble, self.dataset, attack=self.query, device=self.device)
+            norms = queries.gradient_norms(ensemble, self.dataset, attack=self.query, device=self.device)
             arrays |= {"trace": ensemble.trace, "gradient_norms": norms}
         return arrays, {"steps": ensemble.steps, "sampling_rate": ensemble.sampling_rate}
 

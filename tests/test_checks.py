@@ -279,7 +279,55 @@ def unbiased(losses):
 
 
 # exercise name: check, right answers, wrong answers with a word of the hint they must earn (None: any hint)
+# 07 -- the entropy that knows the label, the threshold chosen elsewhere
+
+
+def modified_entropy(p, y):
+    others = np.arange(len(p)) != y
+    return -(1 - p[y]) * np.log(p[y]) - (p[others] * np.log(1 - p[others])).sum()
+
+
+def modified_entropy_by_loops(p, y):
+    return sum(-((1 - v) * np.log(v) if k == y else v * np.log(1 - v)) for k, v in enumerate(p))
+
+
+def balanced(cut, scores, member):
+    return ((scores[member] >= cut).mean() + (scores[~member] < cut).mean()) / 2
+
+
+def best_cut(scores, member, order=-1):
+    cuts = np.unique(scores)[::order]
+    return cuts[np.argmax([balanced(cut, scores, member) for cut in cuts])]
+
+
+def held_out(scores, member, new_scores, new_member):
+    return balanced(best_cut(scores, member), new_scores, new_member)
+
+
+def held_out_by_loops(scores, member, new_scores, new_member):
+    best = max((balanced(cut, scores, member), cut) for cut in scores)[1]  # of equally good ones the highest
+    found = [(s >= best) == m for s, m in zip(new_scores, new_member, strict=True)]
+    return (np.mean([f for f, m in zip(found, new_member, strict=True) if m])
+            + np.mean([f for f, m in zip(found, new_member, strict=True) if not m])) / 2
+
+
 EXERCISES = {
+    "modified_entropy": (checks.check_modified_entropy, [modified_entropy, modified_entropy_by_loops], {
+        "plain entropy": (lambda p, y: -(p * np.log(p)).sum(), "plain entropy"),
+        "right class in the sum": (lambda p, y: -(1 - p[y]) * np.log(p[y]) - (p * np.log(1 - p)).sum(), "OTHER"),
+        "sign turned": (lambda p, y: -modified_entropy(p, y), "sign"),
+        "p log p for the right class": (
+            lambda p, y: modified_entropy(p, y) + (1 - 2 * p[y]) * np.log(p[y]), "1 - p_y"),
+        "cross-entropy": (lambda p, y: -np.log(p[y]), None),
+    }),
+    "held_out": (checks.check_held_out, [held_out, held_out_by_loops], {
+        "chosen on what is judged": (lambda s, m, t, w: balanced(best_cut(t, w), t, w), "flatters"),
+        "judged on what it was chosen on": (lambda s, m, t, w: balanced(best_cut(s, m), s, m), "chosen on"),
+        "plain accuracy": (lambda s, m, t, w: ((t >= best_cut(s, m)) == w).mean(), "equally"),
+        "the lowest of equally good": (lambda s, m, t, w: balanced(best_cut(s, m, order=1), t, w), None),
+        "the threshold itself": (lambda s, m, t, w: best_cut(s, m), None),
+        "median for a threshold": (lambda s, m, t, w: balanced(np.median(s), t, w), None),
+    }),
     "gap": (checks.check_gap, [gap], {
         "pooled over entries": (lambda r, m: r[m].mean() - r[~m].mean(), "pools"),
         "sign turned": (lambda r, m: -gap(r, m), "sign"),

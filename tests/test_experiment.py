@@ -12,9 +12,10 @@ from demem_lab.experiment import PROFILES, best_rate, dp_rates, profile
 from demem_lab.mechanisms import DPSGD, Drop, SelectiveDP
 from demem_lab.membership import lira
 from demem_lab.objectives import Natural
+from demem_lab.queries import outputs
 from demem_lab.signals import confidence, logit_margin
 from demem_lab.streams import model_seeds
-from demem_lab.training import outputs, train
+from demem_lab.training import train
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,11 @@ from demem_lab.mechanisms import DPSGD, Drop, LossVariance, Plain, SelectiveDP
 from demem_lab.models import MLP, ResNet18, SmallCNN
 from demem_lab.objectives import PGDAT, TRADES
 from demem_lab.optimizers import SGD, AdamW
+from demem_lab.queries import gradient_norms, outputs
 from demem_lab.sampling import Poisson, Shuffled
 from demem_lab.store import Store, StoreWarning
 from demem_lab.streams import model_seeds
-from demem_lab.training import Recipe, outputs, train
+from demem_lab.training import Recipe, train
 
 
 def recipe(**changes):
@@ -338,7 +339,7 @@ def test_asking_some_models_about_some_samples_gives_the_same_answers(tiny):
 
 def test_gradient_norms_are_those_of_one_sample_at_a_time(tiny):
     ensemble = train(tiny, MEMBERS, RECIPES["plain"], seeds=SEEDS)
-    found = training.gradient_norms(ensemble, tiny, attack=PGD(0.1, 2, random_start=False), device="cpu", block=10)
+    found = gradient_norms(ensemble, tiny, attack=PGD(0.1, 2, random_start=False), device="cpu", block=10)
     net = ensemble.network([2])
     for i in (0, 11, 23):
         x = PGD(0.1, 2, random_start=False)(net, tiny.x[i : i + 1], tiny.y[i : i + 1])
