@@ -2,10 +2,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from demem_lab.accounting import budget
 from demem_lab.attacks import PGD
+from demem_lab.data import member_masks
+from demem_lab.mechanisms import DPSGD, DownWeight, Drop, LossVariance, Plain, SelectiveDP
 from demem_lab.models import MLP
 from demem_lab.objectives import PGDAT, TRADES, Natural
+from demem_lab.sampling import Poisson
 from demem_lab.streams import Streams
+from demem_lab.training import Recipe, train
 
 
 @pytest.fixture
@@ -90,3 +95,29 @@ def test_attack_starts_come_from_the_given_stream(task, objective):
     net, x, y, index = task
     first, same, other = (objective(net, x, y, index, rng=r).loss for r in (rng(), rng(), Streams((3, 4), "attack", 8)))
     assert torch.equal(first, same) and torch.equal(first, other) == isinstance(objective, Natural)
+
+
+FLAGS = torch.arange(24) < 6
+PAIRS = {
+    "Plain": Plain(), "LossVariance": LossVariance(0.2), "Drop": Drop(FLAGS), "DownWeight": DownWeight(FLAGS, 0.3),
+    "SelectiveDP": SelectiveDP(1.0, 1.0, FLAGS), "SelectiveDP, nobody": SelectiveDP(1.0, 1.0, FLAGS & False),
+    "SelectiveDP, no noise": SelectiveDP(0.0, 1.0, FLAGS), "DPSGD": DPSGD(1.0),
+}
+
+
+@pytest.mark.parametrize("objective", [Natural(), PGDAT(PGD(0.1, 2)), TRADES(PGD(0.1, 2))], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_pair_trains_and_says_what_it_promises(tiny, objective, name):
+    """The promise does not depend on the objective (each sample's loss is its own), and never comes without conditions."""
+    recipe = Recipe(model=MLP((6,)), objective=objective, mechanism=PAIRS[name], sampler=Poisson(4), epochs=1)
+    ensemble = train(tiny, member_masks(24, 2, seed=0), recipe, seeds=(0, 1))
+    assert all(torch.isfinite(p).all() for p in ensemble.parameters.values())
+    promised = ensemble.guarantee(delta=1e-3)
+    if name not in ("SelectiveDP", "DPSGD"):
+        assert not promised.holds and str(promised).startswith("no guarantee: ") and not any(c.isdigit() for c in str(promised))
+        return
+    rate, steps = ensemble.sampling_rate, ensemble.steps
+    assert promised.budget == budget(noise_multiplier=1.0, sampling_rate=rate, steps=steps, delta=1e-3)
+    text = str(promised)
+    assert "add/remove" in text and "not accounted: learning rates" in text and promised.budget.accountant in text
+    assert ("given the set; end to end: none" in text) == (name == "SelectiveDP")
