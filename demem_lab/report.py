@@ -64,9 +64,9 @@ class AuditReport:
             for query, entry in queries.items():
                 row = {
                     "AUC": entry["auc"],
-                    "balanced accuracy (best threshold on these scores: optimistic)": entry["balanced_accuracy"],
-                    "balanced accuracy (held-out threshold)": entry["balanced_accuracy_held_out"],
-                    "the same, a threshold for each class": entry["balanced_accuracy_by_class_held_out"],
+                    "balanced accuracy, optimistic": entry["balanced_accuracy"],
+                    "held-out threshold": entry["balanced_accuracy_held_out"],
+                    "held out, by class": entry["balanced_accuracy_by_class_held_out"],
                 }
                 for fpr, rate in entry["tpr_at_fpr"].items():
                     row[f"TPR at {float(fpr):.1%} FPR"] = rate["estimate"]
@@ -148,7 +148,10 @@ def _section(report: AuditReport, anchor: str) -> str:
     parts += [f"<p><strong>Note.</strong> {site.escaped(text)}</p>" for text in report.warnings]
     use = {**report.utility, **{f"robust: {k}": v for k, v in report.robustness.items()}}
     parts.append("<h3>Utility and robustness</h3>" + site.table(pd.DataFrame({"share": use})))
-    parts.append("<h3>Attacks</h3>" + site.table(report.to_frame().reset_index()))
+    parts.append("<h3>Attacks</h3>" + site.table(report.to_frame().reset_index()) + site.paragraph(
+        "The optimistic balanced accuracy chooses its threshold on the scores that it judges (Song & Mittal 2021); the next two "
+        "columns choose it on the other half of the samples, once for all and once for each class."
+    ))
     if report.canaries:
         parts.append("<h3>Canaries</h3>" + site.table(pd.DataFrame({"value": report.canaries})))
     for number, (title, figure) in enumerate(report.figures().items()):
