@@ -49,8 +49,10 @@ def roc_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: st
             x=fpr, y=np.maximum(tpr, smallest / 10), mode="lines", name=name, line=line(number),
             hovertemplate=f"{name}<br>false positives %{{x:.2%}}<br>true positives %{{y:.2%}}<extra></extra>",
         )
-    figure.update_xaxes(type="log", title="non-members wrongly accused (false positive rate)", tickformat=".1%")
-    figure.update_yaxes(type="log", title="members found (true positive rate)", tickformat=".1%")
+    ticks = [m * 10.0**k for k in range(-6, 1) for m in (1, 2, 5) if m * 10**k <= 1]  # plotly's own run into each other
+    look = {"type": "log", "tickvals": ticks, "ticktext": [f"{100 * t:g} %" for t in ticks]}
+    figure.update_xaxes(title="non-members wrongly accused (false positive rate)", **look)
+    figure.update_yaxes(title="members found (true positive rate)", **look)
     return styled(figure, title=title, height=440)
 
 

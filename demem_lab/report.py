@@ -154,8 +154,8 @@ def _section(report: AuditReport, anchor: str) -> str:
     ))
     if report.canaries:
         parts.append("<h3>Canaries</h3>" + site.table(pd.DataFrame({"value": report.canaries})))
-    for number, (title, figure) in enumerate(report.figures().items()):
-        parts.append(f"<h3>{site.escaped(title)}</h3>" + site.figure(figure, f"{anchor}-{number}"))
+    parts.append("<h3>Pictures</h3>")
+    parts += [site.figure(figure, f"{anchor}-{number}") for number, figure in enumerate(report.figures().values())]
     if report.groups:
         parts.append("<h3>By group</h3>" + site.table(pd.DataFrame(report.groups)))
     if report.skipped:
