@@ -118,6 +118,36 @@ def FGSM(eps: float, *, norm: str = "linf") -> PGD:  # noqa: N802 - the attack's
     return PGD(eps=eps, steps=1, step_size=eps, norm=norm, random_start=False)
 
 
+def RSFGSM(eps: float) -> PGD:  # noqa: N802 - the attack's name
+    """One step of 1.25 * eps from a random start in the ball, for fast adversarial training (Wong, Rice & Kolter 2020)."""
+    return PGD(eps=eps, steps=1, step_size=1.25 * eps)
+
+
+@dataclass(frozen=True)
+class NFGSM:
+    """One step of eps from uniform noise of k * eps around the image, NOT projected back (de Jorge et al. 2022).
+
+    For training only: the image leaves the ball of radius eps (by up to k * eps), which is what keeps single-step training
+    from catastrophic overfitting. It stays in [0, 1].
+    """
+
+    eps: float
+    k: float = 2.0
+
+    def __post_init__(self) -> None:
+        finite("eps", self.eps, low=0, fix="give the attack radius in pixel units of [0, 1], for instance 8/255")
+        finite("k", self.k, low=0)
+
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, *, rng=None, loss: Loss = cross_entropy) -> Tensor:
+        """Moved images, shaped like x."""
+        uniform = rng.uniform_rows(x) if isinstance(rng, Streams) else _rand(x, rng)
+        z = x + (2 * uniform - 1) * self.k * self.eps
+        with frozen(net):
+            z.requires_grad_()
+            (slope,) = torch.autograd.grad(loss(net(z), y).sum(), z)
+        return (z.detach() + self.eps * slope.sign()).clamp_(0, 1)
+
+
 @contextmanager
 def frozen(net):
     """Evaluation mode, weights without gradients and nothing recorded; all of it restored on leaving."""

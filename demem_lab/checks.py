@@ -22,6 +22,7 @@ from scipy import stats
 from demem_lab import attacks, risk
 from demem_lab.leakage import evaluate, seed_interval
 from demem_lab.models import MLP
+from demem_lab.remedies import release_schedule
 
 
 class WrongAnswer(AssertionError):
@@ -219,6 +220,43 @@ def check_selective(f: Callable) -> bool:
                      torch.where(who[:, None], short, g).sum(0), len(g), 8, {
                          "only the protected are clipped": short.sum(0) / 8, "the protected must be clipped": g.sum(0) / 8,
                          "the unprotected count too, as they are": short[who].sum(0) / 8})
+
+
+@_exercise("until")
+def check_until(f: Callable) -> bool:
+    """f(score [N], power) -> 1 - rank ** power, the rank from 0 (lowest score) to 1 (highest), ties to the lower index."""
+    for numbers, power in (([0.3, 0.1, 0.9, 0.2], 4.0), ([1.0, 1.0, 0.0, 2.0, 1.0], 1.0), (range(9), 2.0)):
+        score = np.array(numbers, dtype=float)
+        wanted = release_schedule(score, power=power).numpy()
+        turned = release_schedule(-score, power=power).numpy()
+        steps = np.argsort(np.argsort(score, kind="stable"), kind="stable")
+        _same(f"score = {score.tolist()}, power = {power}", _ask(f, score, power), wanted,
+              "rank 0 is the LOWEST risk and stays to the end, rank 1 the highest and leaves at once", {
+                  "the order is turned, the riskiest leave first": turned,
+                  "the highest rank is 1, divide by N - 1": 1 - (steps / len(score)) ** power,
+                  "use the rank, not the score": 1 - score**power})
+
+
+@_exercise("n_fgsm")
+def check_n_fgsm(f: Callable) -> bool:
+    """f(net, x, y, eps, noise) -> x + noise + eps * sign(gradient there), inside [0, 1] but not inside the ball."""
+    net = MLP(hidden=(16,)).build(models=1, shape=(1, 4, 4), classes=3, seeds=(0,))
+    x, y = torch.rand(12, 1, 4, 4, generator=_seeded(0)), torch.randint(0, 3, (12,), generator=_seeded(1))
+    for eps in (0.03, 0.2):
+        noise = (2 * torch.rand(x.shape, generator=_seeded(2)) - 1) * 2 * eps
+
+        plain, wanted = attacks.FGSM(eps)(net, x, y), _one_step(net, x + noise, y, eps)
+        _same(f"eps = {eps}", _ask(f, net, x, y, eps, noise), wanted, "take the gradient at x + noise, and step from there", {
+            "no projection: the image may leave the ball around x": (x + (wanted - x).clamp(-eps, eps)).clamp(0, 1),
+            "the noise is the start, not an addition to the clean image's step": (plain + noise).clamp(0, 1),
+            "this forgets the noise": plain})
+
+
+def _one_step(net, start: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
+    z = start.clone().requires_grad_()
+    with attacks.frozen(net):
+        (slope,) = torch.autograd.grad(attacks.cross_entropy(net(z), y).sum(), z)
+    return (z.detach() + eps * slope.sign()).clamp(0, 1)
 
 
 @_exercise("modified_entropy")

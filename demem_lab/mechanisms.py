@@ -40,6 +40,7 @@ class Batch:
     step: int
     total_steps: int
     noise: Streams
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class Mechanism:
     def penalty(self, per_sample: PerSample, batch: Batch) -> Tensor | None:
         """A further loss for each model, [M]; None when there is none."""
         return None
+
+    def counted(self, batch: Batch) -> Tensor:
+        """bool [M, B]: the rows that count without a promise; only they may shape what the whole batch shares."""
+        coefficients = self.coefficients(batch)
+        return batch.valid if coefficients is None else batch.valid & (coefficients > 0)
 
     def update(self, net, per_sample: PerSample, batch: Batch) -> list[Tensor]:
         """One gradient for each of net.parameters(), each [M, ...]."""
@@ -206,6 +212,9 @@ class SelectiveDP(Mechanism):
     selection: str = "from_data"
 
     per_sample = True
+
+    def counted(self, batch: Batch) -> Tensor:
+        return batch.valid & ~self._is_protected(batch)
 
     def __post_init__(self) -> None:
         _check("noise_multiplier", self.noise_multiplier)

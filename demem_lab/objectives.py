@@ -10,7 +10,8 @@ mechanism. `net` maps images [M*B, C, H, W] to logits [M*B, K].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -31,40 +32,66 @@ class PerSample:
     logits: Tensor  # [M*B, K] on the images the cross-entropy was taken on
     y: Tensor  # [M*B]
     index: Tensor  # [M*B] which sample of the data set each row is
+    undo: Callable[[], None] | None = None  # to be called once the gradients are known, where weights were moved for them
 
 
 class Objective(Protocol):
-    """Anything that turns images into per-sample losses."""
+    """Anything that turns images into per-sample losses.
 
-    def __call__(self, net, x: Tensor, y: Tensor, index: Tensor, *, rng: Streams) -> PerSample: ...
+    `counts` bool [M*B]: the rows that count without a promise (valid and unprotected). Only objectives that look at the
+    batch as a whole read it (`AWP`); all others treat every row by itself.
+    """
+
+    def __call__(self, net, x: Tensor, y: Tensor, index: Tensor, *, rng: Streams, counts: Tensor | None = None) -> PerSample: ...
 
 
-@dataclass(frozen=True)
-class Natural:
-    """Cross-entropy on the images as they are."""
+class _OneByOne:
+    """An objective in two parts: where the images are moved to, and the losses there. Rows do not see each other."""
 
-    def __call__(self, net, x: Tensor, y: Tensor, index: Tensor, *, rng: Streams) -> PerSample:
-        """`rng` is not used."""
-        logits = net(x)
+    def move(self, net, x: Tensor, y: Tensor, rng: Streams) -> Tensor:
+        """The images the losses are taken on."""
+        raise NotImplementedError
+
+    def losses(self, net, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor) -> PerSample:
+        """The losses, given both images."""
+        raise NotImplementedError
+
+    def __call__(self, net, x: Tensor, y: Tensor, index: Tensor, *, rng: Streams, counts: Tensor | None = None) -> PerSample:
+        """`rng` gives the attack's random starts; `counts` is not used."""
+        return self.losses(net, x, self.move(net, x, y, rng), y, index)
+
+
+class _CrossEntropy(_OneByOne):
+    def losses(self, net, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor) -> PerSample:
+        logits = net(x_adv)
         loss = cross_entropy(logits, y)
         return PerSample(loss, loss, logits, y, index)
 
 
 @dataclass(frozen=True)
-class PGDAT:
-    """Adversarial training: cross-entropy on the attacked images (Madry et al. 2018, equation 2.1)."""
+class Natural(_CrossEntropy):
+    """Cross-entropy on the images as they are."""
+
+    def move(self, net, x: Tensor, y: Tensor, rng: Streams) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class PGDAT(_CrossEntropy):
+    """Adversarial training: cross-entropy on the attacked images (Madry et al. 2018, equation 2.1).
+
+    With a single-step attack it is fast adversarial training: `FGSM(eps)`, `RSFGSM(eps)` (Wong et al. 2020), `NFGSM(eps)`
+    (de Jorge et al. 2022).
+    """
 
     attack: PGD
 
-    def __call__(self, net, x: Tensor, y: Tensor, index: Tensor, *, rng: Streams) -> PerSample:
-        """`rng` gives the attack's random starts."""
-        logits = net(self.attack(net, x, y, rng=rng))
-        loss = cross_entropy(logits, y)
-        return PerSample(loss, loss, logits, y, index)
+    def move(self, net, x: Tensor, y: Tensor, rng: Streams) -> Tensor:
+        return self.attack(net, x, y, rng=rng)
 
 
 @dataclass(frozen=True)
-class TRADES:
+class TRADES(_OneByOne):
     """Clean cross-entropy + beta * KL(clean prediction || adversarial prediction) (Zhang et al. 2019, equation 5).
 
     The adversarial image maximises the KL term, starting from the clean image plus noise of std 0.001, as in the
@@ -77,15 +104,90 @@ class TRADES:
     def __post_init__(self) -> None:
         finite("beta", self.beta, low=0)
 
-    def __call__(self, net, x: Tensor, y: Tensor, index: Tensor, *, rng: Streams) -> PerSample:
-        """`rng` gives the attack's random starts."""
+    def move(self, net, x: Tensor, y: Tensor, rng: Streams) -> Tensor:
         with frozen(net), torch.no_grad():
             anchor = net(x).softmax(-1)  # the model does not change during the attack, so neither does this
         start = (x + 0.001 * rng.normal_rows(x)).clamp_(0, 1)
-        x_adv = self.attack(net, x, y, start=start, loss=lambda logits, _: _kl(anchor, logits))
+        return self.attack(net, x, y, start=start, loss=lambda logits, _: _kl(anchor, logits))
+
+    def losses(self, net, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor) -> PerSample:
         clean, moved = net(x), net(x_adv)
         loss = cross_entropy(clean, y) + self.beta * _kl(clean.softmax(-1), moved)
         return PerSample(loss, cross_entropy(moved, y), moved, y, index)
+
+
+@dataclass(frozen=True)
+class MART(_OneByOne):
+    """Misclassification-aware adversarial training (Wang et al. 2020, equation 11).
+
+    -log p_y(x') - log(1 - max_{k != y} p_k(x')) + beta * KL(p(x) || p(x')) * (1 - p_y(x)), with x' from PGD on the
+    cross-entropy.
+    """
+
+    attack: PGD
+    beta: float = 5.0
+
+    def __post_init__(self) -> None:
+        finite("beta", self.beta, low=0)
+
+    def move(self, net, x: Tensor, y: Tensor, rng: Streams) -> Tensor:
+        return self.attack(net, x, y, rng=rng)
+
+    def losses(self, net, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor) -> PerSample:
+        clean, moved = net(x).softmax(-1), net(x_adv)
+        adversarial_ce = cross_entropy(moved, y)
+        wrong = moved.softmax(-1).scatter(-1, y[:, None], 0).amax(-1)
+        boosted = adversarial_ce - torch.log1p(-wrong.clamp_max(1 - 1e-6))  # at certainty its slope would be infinite
+        unsure = 1 - clean.gather(-1, y[:, None])[:, 0]
+        return PerSample(boosted + self.beta * _kl(clean, moved) * unsure, adversarial_ce, moved, y, index)
+
+
+@dataclass(frozen=True)
+class AWP:
+    """Adversarial weight perturbation around any of the others (Wu, Xia & Wang 2020, equations 8 to 10).
+
+    The images are moved first; then each weight tensor moves by gamma times its own norm along the gradient of the mean
+    loss, the losses are taken there with the same images, and `undo` puts the weights back. The move reads only the rows
+    in `counts`: with SelectiveDP the protected have no part in it, and their guarantee survives. Biases and normalisation
+    stay, as in the authors' public code.
+    """
+
+    inner: _OneByOne
+    gamma: float = 0.01
+
+    shifts_weights = True
+
+    def __post_init__(self) -> None:
+        finite("gamma", self.gamma, low=0, high=1)
+        if not isinstance(self.inner, _OneByOne):
+            raise ValueError(f"AWP goes around Natural, PGDAT, TRADES or MART, got {type(self.inner).__name__}")
+
+    def __call__(self, net, x: Tensor, y: Tensor, index: Tensor, *, rng: Streams, counts: Tensor | None = None) -> PerSample:
+        """`counts` bool [M*B], all rows by default."""
+        x_adv = self.inner.move(net, x, y, rng)
+        weights = [p for p in net.parameters() if p.ndim > 2]  # [M, ...] of more than one axis a model
+        counted = torch.ones_like(y, dtype=torch.bool) if counts is None else counts
+        with net.recording(False):
+            loss = torch.where(counted, self.inner.losses(net, x, x_adv, y, index).loss, 0).sum()
+            # a model's gradient is scaled to length gamma * |w| below, so the mean over its rows need not be taken
+            slopes = torch.autograd.grad(loss, weights)
+        before = [w.detach().clone() for w in weights]
+        with torch.no_grad():
+            for w, slope in zip(weights, slopes, strict=True):
+                size = self.gamma * _lengths(w) / _lengths(slope).clamp_min(1e-20)
+                w.add_(slope * size)
+
+        def undo() -> None:
+            with torch.no_grad():
+                for w, old in zip(weights, before, strict=True):
+                    w.copy_(old)
+
+        return replace(self.inner.losses(net, x, x_adv, y, index), undo=undo)
+
+
+def _lengths(w: Tensor) -> Tensor:
+    """Euclidean norm of each model's part of a tensor [M, ...], with axes to multiply by."""
+    return w.flatten(1).norm(dim=1).view(-1, *[1] * (w.ndim - 1))
 
 
 def _kl(p: Tensor, logits: Tensor) -> Tensor:

@@ -186,6 +186,16 @@ def lines(
     return styled(figure, title=title)
 
 
+def heat(values: np.ndarray, columns: Sequence[str], rows: Sequence[str], *, title: str = "") -> go.Figure:
+    """A table of numbers [rows, columns] as colours, with the numbers in the cells."""
+    figure = go.Figure(go.Heatmap(
+        z=values, x=list(columns), y=list(rows), colorscale="Cividis", reversescale=True, showscale=False,
+        texttemplate="%{z:+.1f}", textfont={"size": 14}, hovertemplate="%{y}, %{x}: %{z:+.2f}<extra></extra>",
+    ))
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return styled(figure, title=title, height=130 + 45 * len(rows))
+
+
 def mosaic(images: np.ndarray, *, columns: int = 12, gap: int = 1) -> np.ndarray:
     """Images [K, C, H, W] in [0, 1] side by side: float [rows, width] for one channel, [rows, width, 3] for three."""
     images = np.asarray(images, dtype=np.float64)

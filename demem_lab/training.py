@@ -34,7 +34,8 @@ from demem_lab.streams import Streams
 from demem_lab.validate import finite, integer, member_mask
 
 MODULES = (
-    "streams", "data", "layers", "models", "attacks", "objectives", "mechanisms", "sampling", "optimizers", "training",
+    "streams", "data", "layers", "models", "attacks", "objectives", "mechanisms", "remedies", "sampling",
+    "optimizers", "training",
 )  # whose source decides what a trained model is
 CHECKPOINT_SECONDS = 20.0
 
@@ -261,11 +262,17 @@ class _State:
         index, valid = self.draw(t)
         rng = Streams(job.seeds, "attack", t, counts=valid.sum(1).tolist(), device=self.device)
         noise = Streams(job.seeds, "noise", t, device=self.device)
-        batch = Batch(index, valid, float(job.recipe.sampler.batch_size), t, job.steps, noise)
-        flat = index.flatten()
-        with self.net.recording(job.recipe.mechanism.per_sample):
-            seen = job.recipe.objective(self.net, self.x[flat], self.y[flat], flat, rng=rng)
-            gradients = job.recipe.mechanism.update(self.net, seen, batch)
+        batch = Batch(
+            index, valid, float(job.recipe.sampler.batch_size), t, job.steps, noise, epoch=t // job.steps_per_epoch
+        )
+        flat, objective, mechanism = index.flatten(), job.recipe.objective, job.recipe.mechanism
+        whole = {"counts": mechanism.counted(batch).flatten()} if getattr(objective, "shifts_weights", False) else {}
+        self.consistent = not whole  # an interruption must not keep weights that were moved for a moment
+        with self.net.recording(mechanism.per_sample):
+            seen = objective(self.net, self.x[flat], self.y[flat], flat, rng=rng, **whole)
+            gradients = mechanism.update(self.net, seen, batch)
+        if seen.undo is not None:
+            seen.undo()
         self.consistent = False
         self.optimizer.apply(gradients, job.recipe.schedule(t, job.steps))
         self._note(seen.adversarial_ce.detach().view_as(valid), index, valid, t // job.steps_per_epoch)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from demem_lab import attacks
-from demem_lab.attacks import FGSM, PGD
+from demem_lab.attacks import FGSM, NFGSM, PGD, RSFGSM
 from demem_lab.models import MLP
 from demem_lab.streams import Streams
 
@@ -275,3 +275,25 @@ def test_bad_queries():
     two = MLP((5,)).build(models=2, shape=(1, 4, 4), classes=2, seeds=(0, 1)).double()
     with pytest.raises(ValueError, match="one model at a time, got 2"):
         attacks.withstands(two, x, y, [PGD(0.1)])
+
+
+def test_n_fgsm_is_one_step_from_noise_and_is_not_projected():
+    net, (x, y) = TwoClasses(), task()
+    found = NFGSM(0.07, k=2.0)(net, x, y, rng=torch.Generator().manual_seed(3))
+    uniform = torch.rand(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    assert torch.allclose(found, (x + (2 * uniform - 1) * 0.14 + 0.07 * uphill(net, y).sign()).clamp(0, 1))
+    assert (found - x).abs().max() > 0.07 and found.min() >= 0 and found.max() <= 1
+    assert torch.allclose(NFGSM(0.07, k=0.0)(net, x, y), FGSM(0.07)(net, x, y))
+    streams = Streams((1,), "attack", 0)
+    assert torch.equal(NFGSM(0.07)(net, x, y, rng=streams), NFGSM(0.07)(net, x, y, rng=streams))
+    with pytest.raises(ValueError, match="k must be"):
+        NFGSM(0.1, k=-1.0)
+
+
+def test_rs_fgsm_is_a_long_step_back_into_the_ball():
+    net, (x, y) = TwoClasses(), task()
+    found = RSFGSM(0.07)(net, x, y, rng=torch.Generator().manual_seed(3))
+    uniform = torch.rand(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    start = (x + (2 * uniform - 1) * 0.07).clamp(0, 1)
+    moved = start + 1.25 * 0.07 * uphill(net, y).sign()
+    assert torch.allclose(found, torch.min(torch.max(moved, x - 0.07), x + 0.07).clamp(0, 1))

@@ -311,7 +311,42 @@ def held_out_by_loops(scores, member, new_scores, new_member):
             + np.mean([f for f, m in zip(found, new_member, strict=True) if not m])) / 2
 
 
+# 06 -- the release schedule, one step from noise
+
+
+def until(score, power, sign=1, top=1, ranks=True):
+    rank = np.empty(len(score))
+    rank[np.argsort(sign * score, kind="stable")] = np.arange(len(score)) / (len(score) - top)
+    return 1 - (rank if ranks else score) ** power
+
+
+def until_by_counting(score, power):
+    below = [sum(b < a or (b == a and j < i) for j, b in enumerate(score)) for i, a in enumerate(score)]
+    return [1 - (k / (len(score) - 1)) ** power for k in below]
+
+
+def n_fgsm(net, x, y, eps, noise, at_noise=True, keep_noise=True, project=False):
+    z = (x + noise if at_noise else x).detach().clone().requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(net(z), y, reduction="sum"), z)
+    moved = (x + noise if keep_noise else x) + eps * slope.sign()
+    return (torch.max(torch.min(moved, x + eps), x - eps) if project else moved).clamp(0, 1)
+
+
 EXERCISES = {
+    "until": (checks.check_until, [until, until_by_counting], {
+        "order turned": (lambda s, q: until(s, q, sign=-1), "turned"),
+        "divided by N": (lambda s, q: until(s, q, top=0), "N - 1"),
+        "score for rank": (lambda s, q: until(s, q, ranks=False), "rank"),
+        "rank for what is left": (lambda s, q: 1 - until(s, q), None),
+        "ties to the higher index": (lambda s, q: until(s[::-1], q)[::-1], None),
+    }),
+    "n_fgsm": (checks.check_n_fgsm, [n_fgsm, lambda *a: n_fgsm(*a).detach().numpy()], {
+        "projected": (lambda *a: n_fgsm(*a, project=True), "no projection"),
+        "gradient at the clean image": (lambda *a: n_fgsm(*a, at_noise=False), None),
+        "plain FGSM": (lambda *a: n_fgsm(*a, at_noise=False, keep_noise=False), "forgets"),
+        "down the loss": (lambda net, x, y, eps, noise: n_fgsm(net, x, y, -eps, noise), None),
+        "not clamped": (lambda net, x, y, eps, noise: x + noise + (n_fgsm(net, x, y, eps, noise) - x - noise).sign() * eps, None),
+    }),
     "modified_entropy": (checks.check_modified_entropy, [modified_entropy, modified_entropy_by_loops], {
         "plain entropy": (lambda p, y: -(p * np.log(p)).sum(), "plain entropy"),
         "right class in the sum": (lambda p, y: -(1 - p[y]) * np.log(p[y]) - (p * np.log(1 - p)).sum(), "OTHER"),

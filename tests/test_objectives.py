@@ -3,11 +3,12 @@ import torch
 import torch.nn.functional as F
 
 from demem_lab.accounting import budget
-from demem_lab.attacks import PGD
+from demem_lab.attacks import NFGSM, PGD, RSFGSM
 from demem_lab.data import member_masks
 from demem_lab.mechanisms import DPSGD, DownWeight, Drop, LossVariance, Plain, SelectiveDP
 from demem_lab.models import MLP
-from demem_lab.objectives import PGDAT, TRADES, Natural
+from demem_lab.objectives import AWP, MART, PGDAT, TRADES, Natural
+from demem_lab.remedies import ClassVariance, GradedRelease, RelaxLoss
 from demem_lab.sampling import Poisson
 from demem_lab.streams import Streams
 from demem_lab.training import Recipe, train
@@ -71,7 +72,9 @@ def test_bad_beta(beta):
         TRADES(PGD(0.1), beta=beta)
 
 
-EVERY = pytest.mark.parametrize("objective", [Natural(), PGDAT(PGD(0.1, 3)), TRADES(PGD(0.1, 3))],
+EVERY = pytest.mark.parametrize("objective", [
+    Natural(), PGDAT(PGD(0.1, 3)), PGDAT(NFGSM(0.1)), PGDAT(RSFGSM(0.1)), TRADES(PGD(0.1, 3)), MART(PGD(0.1, 3)),
+],
                                 ids=lambda o: type(o).__name__)
 
 
@@ -102,10 +105,16 @@ PAIRS = {
     "Plain": Plain(), "LossVariance": LossVariance(0.2), "Drop": Drop(FLAGS), "DownWeight": DownWeight(FLAGS, 0.3),
     "SelectiveDP": SelectiveDP(1.0, 1.0, FLAGS), "SelectiveDP, nobody": SelectiveDP(1.0, 1.0, FLAGS & False),
     "SelectiveDP, no noise": SelectiveDP(0.0, 1.0, FLAGS), "DPSGD": DPSGD(1.0),
+    "GradedRelease": GradedRelease(torch.linspace(0, 1, 24)), "ClassVariance": ClassVariance(0.2), "RelaxLoss": RelaxLoss(5.0),
+}
+OBJECTIVES = {
+    "Natural": Natural(), "PGDAT": PGDAT(PGD(0.1, 2)), "TRADES": TRADES(PGD(0.1, 2)), "MART": MART(PGD(0.1, 2)),
+    "N-FGSM": PGDAT(NFGSM(0.1)), "RS-FGSM": PGDAT(RSFGSM(0.1)), "AWP": AWP(PGDAT(PGD(0.1, 2))),
+    "TRADES-AWP": AWP(TRADES(PGD(0.1, 2))),
 }
 
 
-@pytest.mark.parametrize("objective", [Natural(), PGDAT(PGD(0.1, 2)), TRADES(PGD(0.1, 2))], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_pair_trains_and_says_what_it_promises(tiny, objective, name):
     """The promise does not depend on the objective (each sample's loss is its own), and never comes without conditions."""
@@ -121,3 +130,79 @@ def test_every_pair_trains_and_says_what_it_promises(tiny, objective, name):
     text = str(promised)
     assert "add/remove" in text and "not accounted: learning rates" in text and promised.budget.accountant in text
     assert ("given the set; end to end: none" in text) == (name == "SelectiveDP")
+
+
+def test_mart_by_its_definition(task):
+    net, x, y, index = task
+    seen = MART(PGD(0.1, 3), beta=4.0)(net, x, y, index, rng=rng())
+    x_adv = PGD(0.1, 3)(net, x, y, rng=rng())
+    p, q = net(x).softmax(-1), net(x_adv).softmax(-1)
+    for i in range(12):
+        wrong = max(q[i, k] for k in range(3) if k != y[i])
+        kl = sum(p[i, k] * torch.log(p[i, k] / q[i, k]) for k in range(3))
+        wanted = -torch.log(q[i, y[i]]) - torch.log(1 - wrong) + 4 * kl * (1 - p[i, y[i]])
+        assert torch.allclose(seen.loss[i], wanted, atol=1e-8)
+        assert torch.allclose(seen.adversarial_ce[i], -torch.log(q[i, y[i]]), atol=1e-8)
+
+
+INNER = [Natural(), PGDAT(PGD(0.1, 3)), TRADES(PGD(0.1, 3)), MART(PGD(0.1, 3))]
+
+
+@pytest.mark.parametrize("inner", INNER, ids=lambda o: type(o).__name__)
+def test_awp_by_its_definition(task, inner):
+    """Each weight matrix of each model moves by gamma |w| along its own gradient; losses there; and back again."""
+    net, x, y, index = task
+    counts = torch.arange(12) % 4 != 1  # model 0 has rows 0..5
+    x_adv = inner.move(net, x, y, rng())
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    moved = {name: p.clone() for name, p in before.items()}
+    for m in range(2):
+        rows = torch.arange(12)[6 * m : 6 * m + 6]
+        mean = inner.losses(net, x, x_adv, y, index).loss[rows[counts[rows]]].mean()
+        for (name, p), slope in zip(net.named_parameters(), torch.autograd.grad(mean, list(net.parameters())), strict=True):
+            if p.ndim > 2:
+                moved[name][m] += 0.02 * p[m].detach().norm() * slope[m] / slope[m].norm()
+    seen = AWP(inner, 0.02)(net, x, y, index, rng=rng(), counts=counts)
+    for name, p in net.named_parameters():
+        assert torch.allclose(p, moved[name], atol=1e-10)
+    assert torch.allclose(seen.loss, inner.losses(net, x, x_adv, y, index).loss, atol=1e-10)
+    gradients = torch.autograd.grad(seen.loss.sum(), list(net.parameters()))
+    assert any((g != 0).any() for g in gradients)
+    seen.undo()
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_awp_looks_at_the_unprotected_only(tiny):
+    """With everybody protected AWP has nothing to climb, and is the inner objective; protected rows never move the weights."""
+    members, attack = member_masks(24, 2, seed=0), PGD(0.1, 2)
+
+    def trained(objective, mechanism):
+        recipe = Recipe(model=MLP((6,)), objective=objective, mechanism=mechanism, sampler=Poisson(4), epochs=2)
+        return train(tiny, members, recipe, seeds=(0, 1)).parameters
+
+    for a, b in zip(*(trained(o, DPSGD(1.0)).values() for o in (AWP(PGDAT(attack)), PGDAT(attack))), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    selective = [trained(o, SelectiveDP(0.0, 1.0, FLAGS)) for o in (AWP(PGDAT(attack), 0.05), PGDAT(attack))]
+    assert any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(*(s.values() for s in selective), strict=True))
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_what_a_protected_sample_shows_does_not_reach_awps_move(task, protected):
+    net, x, y, index = task
+    counts = torch.ones(12, dtype=torch.bool)
+    counts[3] = not protected
+    places = []
+    for image in (x[3], 1 - x[3]):
+        other = x.clone()
+        other[3] = image
+        seen = AWP(PGDAT(PGD(0.1, 3)), 0.05)(net, other, y, index, rng=rng(), counts=counts)
+        places.append([p.detach().clone() for p in net.parameters()])
+        seen.undo()
+    assert all(torch.allclose(a, b) for a, b in zip(*places, strict=True)) == protected
+
+
+def test_awp_goes_around_a_single_objective():
+    with pytest.raises(ValueError, match="AWP goes around"):
+        AWP(AWP(Natural()))
+    with pytest.raises(ValueError, match="gamma"):
+        AWP(Natural(), -1.0)
