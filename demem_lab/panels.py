@@ -2,7 +2,7 @@
 
 A panel is a pure function from a position to a result (`attack_result`, `nearest_point`, `Plane.nearest`), a figure from
 `views`, and a thin class that joins them. Each slider has a number box beside it for the keyboard; the read-out says in
-words what the figure shows. An error in a callback appears in the read-out, not in a log that nobody sees.
+words what the figure shows.
 
 >>> panel = NoisePanel(points)                            # shows itself in JupyterLab          # doctest: +SKIP
 >>> panel.noise.value = 0.8; panel.readout.value          # the nearest trained point, in words # doctest: +SKIP
@@ -11,48 +11,20 @@ words what the figure shows. An error in a callback appears in the read-out, not
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Mapping, Sequence
 
-import ipywidgets as widgets
 import numpy as np
 import plotly.graph_objects as go
 import torch
-from IPython.display import display
 
 from demem_lab import views
 from demem_lab.attacks import PGD
+from demem_lab.controls import Panel, number, whole
 from demem_lab.data import Dataset
 from demem_lab.sweep import Plane
 from demem_lab.validate import finite
 
 PICTURES = 48
-
-
-class Panel:
-    """Base of all panels: `controls` call `update`, and whatever goes wrong is shown in `readout`."""
-
-    def __init__(self, controls: Sequence[widgets.Widget], boxes: Sequence[widgets.Widget], figure: go.Figure) -> None:
-        self.figure = go.FigureWidget(figure)
-        self.readout = widgets.HTML()
-        self.widget = widgets.VBox([*boxes, self.readout, self.figure])
-        for control in controls:
-            control.observe(self._changed, names="value")
-        self._changed(None)
-
-    def update(self) -> str:
-        """Bring the figure in line with the controls; returns the read-out as HTML."""
-        raise NotImplementedError
-
-    def _changed(self, _) -> None:
-        try:
-            text = self.update()
-        except Exception as error:  # shown to the reader: a panel that silently keeps the old picture would be a lie
-            text = f'<b style="color:#a31515">{html.escape(type(error).__name__)}: {html.escape(str(error))}</b>'
-        self.readout.value = f'<div role="status" aria-live="polite">{text}</div>'
-
-    def _ipython_display_(self) -> None:
-        display(self.widget)
 
 
 class AttackPanel(Panel):
@@ -62,9 +34,9 @@ class AttackPanel(Panel):
         self.net, self.dataset = net, dataset
         self.rows = list(range(dataset.n)) if rows is None else list(rows)
         radius = dataset.eps if eps is None else eps
-        self.image, first = _whole("image", 0, len(self.rows) - 1, 0)
-        self.eps, second = _number("attack radius eps", 0.0, 3 * radius, radius, step=radius / 10)
-        self.steps, third = _whole("PGD steps", 1, 40, 10)
+        self.image, first = whole("image", 0, len(self.rows) - 1, 0)
+        self.eps, second = number("attack radius eps", 0.0, 3 * radius, radius, step=radius / 10)
+        self.steps, third = whole("PGD steps", 1, 40, 10)
         super().__init__((self.image, self.eps, self.steps), (first, second, third), self._draw(self._result()))
 
     def _result(self) -> dict:
@@ -101,7 +73,7 @@ class NoisePanel(Panel):
     def __init__(self, points: Sequence[Mapping]) -> None:
         self.points = list(points)
         largest = self.points[-1]["noise_multiplier"]
-        self.noise, box = _number("noise multiplier", 0.0, largest, min(1.0, largest), step=largest / 60)
+        self.noise, box = number("noise multiplier", 0.0, largest, min(1.0, largest), step=largest / 60)
         chosen = nearest_point(self.points, self.noise.value)
         super().__init__((self.noise,), (box,), views.noise_view(self.points, chosen))
 
@@ -122,9 +94,9 @@ class PlanePanel(Panel):
         noises, _ = views.plane_axes(plane)
         low, high = float(plane.scores.min()), float(plane.scores.max())
         step = (high - low) / 200
-        self.noise, first = _number("noise multiplier", 0.0, noises[-1], min(1.0, noises[-1]), step=noises[-1] / 60)
+        self.noise, first = number("noise multiplier", 0.0, noises[-1], min(1.0, noises[-1]), step=noises[-1] / 60)
         start = float(np.quantile(plane.scores, 0.9))
-        self.threshold, second = _number("risk threshold", low - step, high + step, start, step=step)
+        self.threshold, second = number("risk threshold", low - step, high + step, start, step=step)
         chosen = self._chosen()
         figure = views.plane_view(plane, chosen, protected_images(plane, dataset, chosen))
         super().__init__((self.noise, self.threshold), (first, second), figure)
@@ -151,46 +123,6 @@ class PlanePanel(Panel):
         return f"{who}{asked}{_table(chosen)}<p>{html.escape(chosen['guarantee'])}</p>"
 
 
-class Prediction:
-    """Commit to a number before the result is shown; afterwards both stand side by side.
-
-    Where nobody is watching (DEMEM_HEADLESS=1) it answers itself with the middle of the range, and says so.
-    """
-
-    def __init__(self, question: str, *, low: float, high: float, unit: str = "") -> None:
-        finite("low", low)
-        finite("high", high, low=low)
-        self.question, self.unit = question, unit
-        self.headless = os.environ.get("DEMEM_HEADLESS") == "1"
-        self.committed = False
-        self.slider, box = _number("your guess", low, high, (low + high) / 2, step=(high - low) / 100)
-        self.button = widgets.Button(description="commit", tooltip="lock this guess in", button_style="primary")
-        self.button.on_click(self._commit)
-        self.widget = widgets.VBox([widgets.HTML(f"<b>{html.escape(question)}</b>"), widgets.HBox([box, self.button])])
-
-    @property
-    def value(self) -> float:
-        """The guess as it stands."""
-        return float(self.slider.value)
-
-    def compare(self, truth: float) -> str:
-        """One sentence with guess and truth."""
-        how = "Nobody was asked, so the middle stands in" if self.headless else "You did not commit; the slider stood at"
-        start = "You guessed" if self.committed else how
-        off = abs(self.value - truth)
-        return f"{start}: {self.value:.3g}{self.unit}. Measured: {truth:.3g}{self.unit}, {off:.2g}{self.unit} away."
-
-    def _commit(self, _) -> None:
-        self.committed, self.slider.disabled, self.button.disabled = True, True, True
-        self.button.description = "committed"
-
-    def _ipython_display_(self) -> None:
-        if self.headless:
-            print(f"{self.question} (nobody is watching: {self.value:.3g}{self.unit})")
-        else:
-            display(self.widget)
-
-
 def attack_result(net, x: torch.Tensor, y: torch.Tensor, *, eps: float, steps: int) -> dict:
     """One image [1, C, H, W] attacked: clean and moved [C, H, W], probabilities [K] before and after, label, eps."""
     moved = PGD(eps, steps, random_start=False)(net, x, y)
@@ -212,32 +144,6 @@ def nearest_point(points: Sequence[Mapping], noise_multiplier: float) -> int:
     """Index of the trained point whose noise multiplier is nearest. ValueError unless it is finite and >= 0."""
     finite("noise_multiplier", noise_multiplier, low=0)
     return min(range(len(points)), key=lambda i: abs(points[i]["noise_multiplier"] - noise_multiplier))
-
-
-def _number(name: str, low: float, high: float, value: float, *, step: float):
-    slider = widgets.FloatSlider(
-        value=value, min=low, max=high, step=step, description=name, continuous_update=False, readout=False,
-        style={"description_width": "130px"}, layout={"width": "460px"}, tooltip=name,
-    )
-    box = widgets.BoundedFloatText(
-        value=value, min=low, max=high, step=step, description="=", tooltip=f"{name} as a number",
-        style={"description_width": "12px"}, layout={"width": "130px"},
-    )
-    widgets.link((slider, "value"), (box, "value"))
-    return slider, widgets.HBox([slider, box])
-
-
-def _whole(name: str, low: int, high: int, value: int):
-    slider = widgets.IntSlider(
-        value=value, min=low, max=high, description=name, continuous_update=False, readout=False,
-        style={"description_width": "130px"}, layout={"width": "460px"}, tooltip=name,
-    )
-    box = widgets.BoundedIntText(
-        value=value, min=low, max=high, description="=", tooltip=f"{name} as a number",
-        style={"description_width": "12px"}, layout={"width": "130px"},
-    )
-    widgets.link((slider, "value"), (box, "value"))
-    return slider, widgets.HBox([slider, box])
 
 
 def _asked(noise: float, point: Mapping) -> str:

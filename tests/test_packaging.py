@@ -14,11 +14,44 @@ import yaml
 import demem_lab
 
 ROOT = Path(__file__).parents[1]
-ORDER = (
-    "validate streams store data layers models attacks objectives accounting empirical mechanisms remedies sampling optimizers "
-    "farm training queries canaries signals membership leakage files risk experiment comparison sweep plots views panels "
-    "checks runner site report audit cli"
-).split()
+ORDER = """
+validate
+streams
+store
+data
+layers
+models
+attacks
+objectives
+accounting
+empirical
+mechanisms
+remedies
+sampling
+optimizers
+farm
+training
+queries
+canaries
+signals
+membership
+leakage
+files
+risk
+experiment
+comparison
+sweep
+plots
+views
+controls
+panels
+checks
+runner
+site
+report
+audit
+cli
+""".split()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

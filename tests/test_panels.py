@@ -9,8 +9,9 @@ import torch
 
 from demem_lab import panels, training, views
 from demem_lab.attacks import PGD
+from demem_lab.controls import Prediction
 from demem_lab.models import MLP
-from demem_lab.panels import AttackPanel, NoisePanel, PlanePanel, Prediction
+from demem_lab.panels import AttackPanel, NoisePanel, PlanePanel
 from demem_lab.sweep import Plane
 
 
