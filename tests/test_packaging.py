@@ -41,6 +41,7 @@ risk
 experiment
 comparison
 sweep
+protocol
 plots
 views
 controls
