@@ -1,0 +1,172 @@
+"""The authors' protocol: arms that share what they must, numbers that a slow reading of the tables gives, files that last."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from demem_lab import data, protocol, queries, risk, training
+from demem_lab.attacks import PGD
+from demem_lab.mechanisms import DPSGD, SelectiveDP
+from demem_lab.membership import lira, rmia
+from demem_lab.objectives import AWP, TRADES
+from demem_lab.optimizers import HalfFlat, StepDecay
+from demem_lab.protocol import ARMS, Protocol, Results, measure, run
+from demem_lab.signals import confidence, logit_margin
+from demem_lab.streams import key, model_seeds
+
+SMALL = Protocol(
+    dataset="digits", subset=240, model="mlp", models=6, epochs=2, batch_size=32, query_steps=2, lr=0.05, weight_decay=0.0,
+    attack_steps=2, scoring_epochs=8, noise_multiplier=1.5,
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    from demem_lab.store import Store
+
+    folder = tmp_path_factory.mktemp("protocol")
+    store = Store(folder / "store")
+    return run(SMALL, store=store, progress=False, save=folder / "r.json"), store, folder / "r.json"
+
+
+def test_every_arm_is_there_with_one_value_a_model(done):
+    results, _, _ = done
+    assert list(results.arms) == list(ARMS) and set(results.guarantees) == set(ARMS)
+    for values in results.arms.values():
+        assert {len(v) for v in values.values()} == {SMALL.models}
+        assert all(0 <= v <= 1 for column in values.values() for v in column)
+
+
+def test_the_numbers_of_an_arm_are_those_of_its_models_trained_by_hand(done):
+    results, store, _ = done
+    digits = SMALL.load()
+    score = protocol.risk_score(SMALL, digits, store=store)
+    members = data.member_masks(digits.n, 6, seed=key(0, "members") % 2**31)
+    top = torch.as_tensor(risk.protected_set(score, fraction=0.1).mask)
+    recipe = replace(SMALL.recipe(), mechanism=SelectiveDP(1.5, 1.0, top))
+    ensemble = training.train(digits, members, recipe, seeds=model_seeds(0, 6), chunk=1)
+    y, inside = digits.y.numpy(), members.numpy()
+    clean = queries.outputs(ensemble, digits)
+    right = clean.argmax(-1) == y
+    for m in range(6):
+        assert results.arms["SelectiveDP"]["clean accuracy"][m] == pytest.approx(right[m][~inside[m]].mean(), abs=0.02)
+        assert results.arms["SelectiveDP"]["member clean accuracy"][m] == pytest.approx(right[m][inside[m]].mean(), abs=0.02)
+    assert results.guarantees["SelectiveDP"] == str(ensemble.guarantee(delta=SMALL.delta))
+    assert "given the set; end to end: none" in results.guarantees["SelectiveDP"]
+
+
+def made_tables(seed=0, models=6, n=400, classes=4):
+    rng = np.random.default_rng(seed)
+    members = data.member_masks(n, models, seed=seed).numpy()
+    y = rng.integers(0, classes, n)
+    tables = {}
+    for query, shift in (("clean", 0.5), ("adversarial", 2.0)):
+        logits = rng.normal(size=(models, n, classes))
+        logits[:, np.arange(n), y] += shift * members
+        tables[query] = logits.astype(np.float32)
+    tables["robust"] = rng.random((models, n)) < 0.4 + 0.3 * members
+    return tables, y, members
+
+
+def test_measuring_equals_a_slow_reading():
+    tables, y, members = made_tables()
+    top = np.arange(len(y)) < 100
+    found = measure(tables, y, members, at_risk=top)
+    for m in range(6):
+        out = [i for i in range(len(y)) if not members[m, i]]
+        assert found["robust accuracy"][m] == pytest.approx(np.mean([tables["robust"][m, i] for i in out]))
+        assert found["clean accuracy"][m] == pytest.approx(np.mean([tables["clean"][m, i].argmax() == y[i] for i in out]))
+    for attack, scores in (
+        ("LiRA", lira(logit_margin(tables["adversarial"], y), members, variance="pooled")),
+        ("RMIA", rmia(confidence(tables["adversarial"], y), members)),
+    ):  # the adversarial query was made the stronger one
+        for m in range(6):
+            negative = np.sort(scores[m][~members[m]])[::-1]
+            allowed = int(0.05 * len(negative))
+            positive = scores[m][members[m] & top]
+            assert found[f"{attack}: found at 5 %, at risk"][m] == pytest.approx((positive > negative[allowed]).mean())
+
+
+def test_rates_that_the_non_members_cannot_resolve_are_left_out():
+    tables, y, members = made_tables()
+    found = measure(tables, y, members, at_risk=np.arange(len(y)) < 100)
+    assert "RMIA: found at 5 %" in found and "RMIA: found at 2 %" not in found  # 200 non-members: 5 of them are 2.5 %
+
+
+def test_nothing_to_find_is_found_at_the_rate_of_false_alarms():
+    rates = []
+    for seed in range(12):
+        tables, y, members = made_tables(seed)
+        rng = np.random.default_rng(100 + seed)
+        for query in ("clean", "adversarial"):
+            tables[query] = rng.normal(size=tables[query].shape)
+        found = measure(tables, y, members, at_risk=np.arange(len(y)) < 100)
+        rates.append([np.mean(found["RMIA: AUC"]), np.mean(found["LiRA: AUC"])])
+    # the larger of two queries is taken, so the mean lies a little above one half
+    assert np.abs(np.mean(rates, axis=0) - 0.5).max() < 0.02
+
+
+def test_what_is_kept_is_not_computed_again_and_arms_can_be_added(done, monkeypatch):
+    results, store, _ = done
+    monkeypatch.setattr(protocol, "_query", lambda *_: pytest.fail("computed again"))
+    again = run(SMALL, arms=("none", "drop"), store=store, progress=False)
+    assert again.arms == {name: results.arms[name] for name in ("none", "drop")}
+
+
+def test_a_results_file_comes_back_and_says_where_it_came_from(done):
+    results, _, file = done
+    assert Results.load(file) == results
+    assert results.protocol["images"] == 240 and results.protocol["noise_multiplier"] == 1.5
+    assert {"date", "commit", "torch", "device", "cores"} <= set(results.provenance)
+    table = results.to_frame(["clean accuracy", "RMIA: found at 0.1 %"])
+    assert (table["RMIA: found at 0.1 %"] == "not resolved").all() and "±" in table["clean accuracy"].iloc[0]
+
+
+@pytest.mark.parametrize("content", ["not json", "{}", json.dumps({"arms": {}}), "[]"])
+def test_another_file_is_refused_in_one_sentence(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match="is not a results file of this package"):
+        Results.load(tmp_path / "x.json")
+
+
+def test_tuning_uses_other_models_and_another_score(store):
+    found = protocol.tune(SMALL, "DP for everybody", (0.001, 0.1), store=store, progress=False)
+    assert list(found) == [0.001, 0.1] and all(0 <= v <= 1 for v in found.values())
+    assert not set(model_seeds(SMALL.seed, 6)) & set(model_seeds(SMALL.seed + 1000, 6))
+
+
+def test_the_defaults_are_the_authors():
+    p = Protocol()
+    recipe = p.recipe()
+    assert recipe.objective.attack == PGD(8 / 255, 3, 3.33 / 255) and recipe.objective.attack.random_start
+    assert (p.models, p.epochs, p.batch_size, p.query) == (128, 100, 256, PGD(8 / 255, 20, 1 / 255, random_start=False))
+    assert recipe.schedule == StepDecay((0.75,), 0.1) and recipe.optimizer.momentum == 0.9
+    assert recipe.optimizer.weight_decay == 5e-4
+    assert isinstance(replace(p, objective="trades-awp").recipe().objective, AWP)
+    assert isinstance(replace(p, objective="trades").recipe().objective, TRADES)
+    assert isinstance(replace(p, decay_at=0.0).recipe().schedule, HalfFlat)
+
+
+def test_who_is_treated_is_the_top_of_the_score():
+    score = np.arange(20.0)
+    chosen = ARMS["SelectiveDP"].mechanism(replace(SMALL, fraction=0.2), score).protected
+    assert chosen.nonzero().flatten().tolist() == [16, 17, 18, 19]
+    everybody = ARMS["DP for everybody"]
+    assert everybody.mechanism(SMALL, score) == DPSGD(1.5) and everybody.rate(replace(SMALL, dp_lr=0.7)) == 0.7
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"models": 5}, "models must be even"), ({"models": 2}, "models must be"), ({"model": "vit"}, "model must be one of"),
+    ({"objective": "free"}, "objective must be one of"), ({"fraction": 1.5}, "fraction must be"),
+])
+def test_bad_settings_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        replace(SMALL, **change)
+
+
+def test_an_unknown_arm_is_refused_before_anything_is_trained(store):
+    with pytest.raises(ValueError, match="arm must be one of"):
+        run(SMALL, arms=("none", "magic"), store=store, progress=False)
