@@ -6,37 +6,32 @@
 
 Every treatment trains its own `models` on the same complementary halves, so that each sample is in exactly half of them,
 and each model in turn is the target of an attacker who trained the others with the same treatment. Who is at risk is
-scored by ONE cheap run on everybody (loss in the first epochs). Results are small: numbers for each model, and where they
-come from; they can be kept, shared and shown without the models. Source: Luo & Li, arXiv 2412.05767, and their public code.
+scored by ONE cheap run on everybody (loss in the first epochs). Source: Luo & Li, arXiv 2412.05767, and their public code.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from demem_lab import data, farm, queries, risk, training
 from demem_lab.attacks import PGD, margin
 from demem_lab.data import Dataset
-from demem_lab.leakage import Interval, evaluate, seed_interval
 from demem_lab.mechanisms import DPSGD, Drop, LossVariance, Mechanism, Plain, SelectiveDP
-from demem_lab.membership import lira, rmia
 from demem_lab.models import MLP, ResNet18, SmallCNN, Spec
 from demem_lab.objectives import AWP, PGDAT, TRADES, Natural, Objective
 from demem_lab.optimizers import SGD, HalfFlat, Schedule, StepDecay
 from demem_lab.remedies import GradedRelease, release_schedule
+from demem_lab.results import Results, measure
 from demem_lab.sampling import Poisson, Shuffled
-from demem_lab.signals import confidence, logit_margin
 from demem_lab.store import Store
 from demem_lab.streams import key, model_seeds
 from demem_lab.training import Ensemble, Recipe
@@ -45,7 +40,6 @@ from demem_lab.validate import choice, finite, integer
 MODULES = (*training.MODULES, "queries", "protocol")
 ARCHITECTURES: dict[str, Spec] = {"mlp": MLP(), "cnn": SmallCNN(), "resnet18": ResNet18()}
 OBJECTIVES = ("natural", "pgd-at", "trades", "awp", "trades-awp")
-FPRS = (0.1, 0.05, 0.02, 0.01, 0.001)
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,9 @@ class Protocol:
     noise_multiplier: float = 1.0
     max_grad_norm: float = 1.0
     dp_lr: float = 0.1  # of DP for everybody, chosen on models that are not reported
-    fraction: float = 0.1  # share of the samples that are treated
+    fraction: float = 0.1  # share of the samples that are treated, the riskiest first
+    risk_threshold: float = 0.0  # treat from this early loss on instead; 0: by fraction
+    lams: tuple[float, ...] = (0.2, 0.6)  # of LossVariance, an arm each
     scoring_epochs: int = 5
     delta: float = 1e-5
     seed: int = 0
@@ -82,6 +78,7 @@ class Protocol:
         if self.models % 2:
             raise ValueError(f"models must be even, because members come in complementary halves, got {self.models}")
         finite("fraction", self.fraction, low=0, high=1)
+        finite("risk_threshold", self.risk_threshold, low=0)
         finite("decay_at", self.decay_at, low=0, high=1)
 
     def load(self, root: str | Path | None = None, *, download: bool = False) -> Dataset:
@@ -108,6 +105,20 @@ class Protocol:
         return AWP(inner) if self.objective.endswith("awp") else inner
 
 
+PROFILES = {
+    "smoke": Protocol(
+        dataset="digits", subset=300, model="mlp", eps=0.1, attack_step=0.08, query_steps=3, query_step=0.08, models=6, epochs=3,
+        batch_size=32, decay_at=0, weight_decay=0, scoring_epochs=6,
+    ),
+    "lesson": Protocol(
+        dataset="digits", model="mlp", eps=0.1, attack_step=0.08, query_steps=10, query_step=0.025, models=16, epochs=30,
+        batch_size=64, decay_at=0, weight_decay=0, dp_lr=0.05,
+    ),
+    "full": Protocol(subset=10_000, models=8, epochs=12, query_steps=10, query_step=2 / 255, decay_at=0, batch_size=128),
+    "paper": Protocol(),
+}
+
+
 @dataclass(frozen=True)
 class Arm:
     """A treatment: how it makes a mechanism of the risk score [N], and the learning rate where it is not the plain one."""
@@ -116,91 +127,53 @@ class Arm:
     rate: Callable[[Protocol], float] = lambda protocol: protocol.lr
 
 
-def _top(p: Protocol, score: np.ndarray) -> torch.Tensor:
-    return torch.as_tensor(risk.protected_set(score, fraction=p.fraction).mask)
+def arms_of(protocol: Protocol) -> dict[str, Arm]:
+    """The treatments of a protocol, by name: "none" first, the controls among them."""
+    arms = {
+        "none": Arm(lambda p, s: Plain()),
+        "SelectiveDP": Arm(lambda p, s: SelectiveDP(p.noise_multiplier, p.max_grad_norm, treated(p, s))),
+        "DP for everybody": Arm(lambda p, s: DPSGD(p.noise_multiplier, p.max_grad_norm), lambda p: p.dp_lr),
+        "drop": Arm(lambda p, s: Drop(treated(p, s))),
+        "graded release": Arm(lambda p, s: GradedRelease(release_schedule(s))),
+    }
+    for lam in protocol.lams:
+        arms[f"LossVariance {lam:g}"] = Arm(lambda p, s, lam=lam: LossVariance(lam))
+    return arms
 
 
-ARMS: dict[str, Arm] = {
-    "none": Arm(lambda p, s: Plain()),
-    "LossVariance 0.2": Arm(lambda p, s: LossVariance(0.2)),
-    "SelectiveDP": Arm(lambda p, s: SelectiveDP(p.noise_multiplier, p.max_grad_norm, _top(p, s))),
-    "DP for everybody": Arm(lambda p, s: DPSGD(p.noise_multiplier, p.max_grad_norm), lambda p: p.dp_lr),
-    "drop": Arm(lambda p, s: Drop(_top(p, s))),
-    "graded release": Arm(lambda p, s: GradedRelease(release_schedule(s))),
-    "LossVariance 0.6": Arm(lambda p, s: LossVariance(0.6)),
-}
-
-
-@dataclass(frozen=True)
-class Results:
-    """What was measured, a value for each model, and where it came from; a small JSON file."""
-
-    protocol: dict
-    arms: dict[str, dict[str, list[float]]]  # arm -> metric -> one value a model
-    guarantees: dict[str, str]
-    provenance: dict
-
-    def interval(self, arm: str, metric: str) -> Interval:
-        """Mean over the models as targets, with the 95 % t-interval. They share data, so it is on the narrow side."""
-        return seed_interval(self.arms[arm][metric])
-
-    def to_frame(self, metrics: Sequence[str] = ()) -> pd.DataFrame:
-        """One row an arm: mean and half width of the interval of each metric, in per cent; and what is promised."""
-        metrics = metrics or list(next(iter(self.arms.values())))
-        rows = {}
-        for arm, values in self.arms.items():
-            cells = {}
-            for metric in metrics:
-                if metric in values:
-                    i = self.interval(arm, metric)
-                    cells[metric] = f"{100 * i.mean:.1f} ± {100 * (i.high - i.mean):.1f}"
-                else:
-                    cells[metric] = "not resolved"
-            rows[arm] = {**cells, "guarantee": self.guarantees[arm]}
-        return pd.DataFrame.from_dict(rows, orient="index")
-
-    def save(self, path: str | Path) -> Path:
-        """Write the file (replaced in one move, so that a killed run leaves the old one)."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".part")
-        fresh.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(fresh, path)
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> Results:
-        """Read a file that `save` wrote. ValueError when it is something else."""
-        try:
-            raw = json.loads(Path(path).read_text())
-            return cls(**{f.name: raw[f.name] for f in fields(cls)})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a results file of this package ({error!r}); write one with Results.save") from None
+def treated(protocol: Protocol, score: np.ndarray) -> torch.Tensor:
+    """bool [N]: whom the selective arms treat, by the risk score [N]."""
+    cut = {"risk_threshold": protocol.risk_threshold} if protocol.risk_threshold else {"fraction": protocol.fraction}
+    return torch.as_tensor(risk.protected_set(score, **cut).mask)
 
 
 def run(
-    protocol: Protocol, *, arms: Sequence[str] = tuple(ARMS), store: Store | None = None, root: str | Path | None = None,
+    protocol: Protocol, *, arms: Sequence[str] = (), store: Store | None = None, root: str | Path | None = None,
     download: bool = False, device: str = "auto", progress: bool = True, save: str | Path | None = None,
 ) -> Results:
-    """Train and measure every arm; what is in the store is not computed again. `save`: written anew after each arm."""
+    """Train and measure arms (all by default); what is in the store is not computed again.
+
+    save: a file that is written anew after each arm. Raises ValueError for an unknown arm before anything is trained.
+    """
+    treatments = arms_of(protocol)
+    arms = tuple(arms) or tuple(treatments)
     for name in arms:
-        choice("arm", name, ARMS)
+        choice("arm", name, treatments)
     store, dataset = store or Store(), protocol.load(root, download=download)
     began, seconds = time.time(), 0.0
     score = risk_score(protocol, dataset, store=store, device=device, progress=progress)
     members = data.member_masks(dataset.n, protocol.models, seed=key(protocol.seed, "members") % 2**31)
     seeds = model_seeds(protocol.seed, protocol.models)
-    top = risk.protected_set(score, fraction=protocol.fraction).mask
+    top = treated(protocol, score).numpy()
     measured, promised, done = {}, {}, None
     for name in arms:
-        arm = ARMS[name]
+        arm = treatments[name]
         recipe = protocol.recipe(arm.mechanism(protocol, score), lr=arm.rate(protocol))
         tables, text, took = _tables(protocol, dataset, members, seeds, recipe, name, store, device, progress)
         measured[name] = measure(tables, dataset.y.numpy(), members.numpy(), at_risk=top)
         promised[name], seconds = text, seconds + took
-        done = Results(
-            {**asdict(protocol), "images": dataset.n}, measured, promised, _provenance(device, seconds, began),
-        )
+        settings = {**json.loads(json.dumps(asdict(protocol))), "images": dataset.n}
+        done = Results(settings, measured, promised, _provenance(device, seconds, began))
         if save is not None:
             done.save(save)
     return done
@@ -232,41 +205,11 @@ def tune(
     members = data.member_masks(dataset.n, models, seed=key(other.seed, "members") % 2**31)
     found = {}
     for rate in rates:
-        recipe = other.recipe(ARMS[name].mechanism(other, score), lr=rate)
+        recipe = other.recipe(arms_of(other)[name].mechanism(other, score), lr=rate)
         seeds = model_seeds(other.seed, models)
         tables, _, _ = _tables(other, dataset, members, seeds, recipe, f"{name}, lr {rate:g}", store, device, progress)
         found[rate] = float(tables["robust"][~members.numpy()].mean())
     return found
-
-
-def measure(
-    tables: dict[str, np.ndarray], y: np.ndarray, members: np.ndarray, *, at_risk: np.ndarray
-) -> dict[str, list[float]]:
-    """Metric -> one value a model, from the logits [M, N, K] on clean and adversarial images and robust [M, N].
-
-    "found ..." is the true positive rate at that false positive rate, the larger of clean and adversarial queries in the
-    mean over models; rates that the non-members cannot resolve are left out. Attacks: LiRA with pooled variances, RMIA.
-    """
-    clean = tables["clean"].argmax(-1) == y
-    out = {}
-    for prefix, who in (("", ~members), ("member ", members)):
-        for label, ok in (("clean accuracy", clean), ("robust accuracy", tables["robust"])):
-            out[prefix + label] = [float(o[w].mean()) for o, w in zip(ok, who, strict=True)]
-    at_risk_members = zip(tables["robust"], members & at_risk, strict=True)
-    out["member robust accuracy, at risk"] = [float(o[w].mean()) for o, w in at_risk_members]
-    scores = {}
-    for query in ("clean", "adversarial"):
-        scores["LiRA", query] = lira(logit_margin(tables[query], y), members, variance="pooled")
-        scores["RMIA", query] = rmia(confidence(tables[query], y), members)
-    fine = [f for f in FPRS if f * (~members).sum(1).min() >= 5]
-    for attack in ("LiRA", "RMIA"):
-        for group, inside in (("", None), (", at risk", at_risk), (", rest", ~at_risk)):
-            seen = [evaluate(scores[attack, q], members, fprs=fine, subset=inside) for q in ("clean", "adversarial")]
-            for column, fpr in enumerate(fine):
-                stronger = max(seen, key=lambda s, c=column: s.tpr[:, c].mean())
-                out[f"{attack}: found at {100 * fpr:g} %{group}"] = stronger.tpr[:, column].tolist()
-            out[f"{attack}: AUC{group}"] = max(seen, key=lambda s: s.auc.mean()).auc.tolist()
-    return out
 
 
 def _tables(protocol, dataset, members, seeds, recipe: Recipe, name: str, store: Store, device: str, progress: bool):

@@ -41,6 +41,7 @@ risk
 experiment
 comparison
 sweep
+results
 protocol
 plots
 views

@@ -13,7 +13,8 @@ from demem_lab.mechanisms import DPSGD, SelectiveDP
 from demem_lab.membership import lira, rmia
 from demem_lab.objectives import AWP, TRADES
 from demem_lab.optimizers import HalfFlat, StepDecay
-from demem_lab.protocol import ARMS, Protocol, Results, measure, run
+from demem_lab.protocol import PROFILES, Protocol, arms_of, run
+from demem_lab.results import PUBLISHED, Results, measure
 from demem_lab.signals import confidence, logit_margin
 from demem_lab.streams import key, model_seeds
 
@@ -34,7 +35,7 @@ def done(tmp_path_factory):
 
 def test_every_arm_is_there_with_one_value_a_model(done):
     results, _, _ = done
-    assert list(results.arms) == list(ARMS) and set(results.guarantees) == set(ARMS)
+    assert list(results.arms) == list(arms_of(SMALL)) == list(results.guarantees)
     for values in results.arms.values():
         assert {len(v) for v in values.values()} == {SMALL.models}
         assert all(0 <= v <= 1 for column in values.values() for v in column)
@@ -152,14 +153,17 @@ def test_the_defaults_are_the_authors():
 
 def test_who_is_treated_is_the_top_of_the_score():
     score = np.arange(20.0)
-    chosen = ARMS["SelectiveDP"].mechanism(replace(SMALL, fraction=0.2), score).protected
+    chosen = arms_of(SMALL)["SelectiveDP"].mechanism(replace(SMALL, fraction=0.2), score).protected
     assert chosen.nonzero().flatten().tolist() == [16, 17, 18, 19]
-    everybody = ARMS["DP for everybody"]
+    by_threshold = arms_of(SMALL)["drop"].mechanism(replace(SMALL, risk_threshold=17.0), score).flagged
+    assert by_threshold.nonzero().flatten().tolist() == [17, 18, 19]
+    everybody = arms_of(SMALL)["DP for everybody"]
     assert everybody.mechanism(SMALL, score) == DPSGD(1.5) and everybody.rate(replace(SMALL, dp_lr=0.7)) == 0.7
 
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"models": 5}, "models must be even"), ({"models": 2}, "models must be"), ({"model": "vit"}, "model must be one of"),
+    ({"risk_threshold": -1.0}, "risk_threshold must be"),
     ({"objective": "free"}, "objective must be one of"), ({"fraction": 1.5}, "fraction must be"),
 ])
 def test_bad_settings_are_refused(change, words):
@@ -170,3 +174,20 @@ def test_bad_settings_are_refused(change, words):
 def test_an_unknown_arm_is_refused_before_anything_is_trained(store):
     with pytest.raises(ValueError, match="arm must be one of"):
         run(SMALL, arms=("none", "magic"), store=store, progress=False)
+
+
+def test_each_lam_is_an_arm():
+    arms = arms_of(replace(SMALL, lams=(0.5,)))
+    assert "LossVariance 0.5" in arms and "LossVariance 0.2" not in arms
+    assert arms["LossVariance 0.5"].mechanism(SMALL, np.arange(3.0)).lam == 0.5
+
+
+def test_profiles_and_published_numbers_are_whole():
+    assert list(PROFILES) == ["smoke", "lesson", "full", "paper"] and PROFILES["paper"] == Protocol()
+    assert all(p.source and (p.found is None or 0 < p.found < 100) for p in PUBLISHED)
+
+
+def test_groups_of_a_kept_result_have_intervals(done):
+    results, _, _ = done
+    values = results.arms["none"]["RMIA: AUC, at risk"]
+    assert results.interval("none", "RMIA: AUC", "at risk").mean == pytest.approx(np.mean(values))

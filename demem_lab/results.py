@@ -1,0 +1,128 @@
+"""What a run of the protocol found: a value for each model, small enough to keep, share and show without the models.
+
+>>> results = Results.load("notebooks/results/cifar10_small_cnn.json")                           # doctest: +SKIP
+>>> results.interval("drop", "RMIA: found at 1 %", "at risk")                                    # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from demem_lab.leakage import Interval, evaluate, seed_interval
+from demem_lab.membership import lira, rmia
+from demem_lab.signals import confidence, logit_margin
+
+FPRS = (0.1, 0.05, 0.02, 0.01, 0.001)
+MIN_FALSE_POSITIVES = 5
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured, a value for each model, and where it came from; a small JSON file."""
+
+    protocol: dict
+    arms: dict[str, dict[str, list[float]]]  # arm -> metric -> one value a model
+    guarantees: dict[str, str]
+    provenance: dict
+
+    def interval(self, arm: str, metric: str, group: str = "all") -> Interval:
+        """Mean over the models as targets, with the 95 % t-interval. They share data, so it is on the narrow side.
+
+        group: "all", "at risk" or "rest".
+        """
+        return seed_interval(self.arms[arm][metric if group == "all" else f"{metric}, {group}"])
+
+    def to_frame(self, metrics: Sequence[str] = ()) -> pd.DataFrame:
+        """One row an arm: mean and half width of the interval of each metric, in per cent; and what is promised."""
+        metrics = metrics or list(next(iter(self.arms.values())))
+        rows = {}
+        for arm, values in self.arms.items():
+            cells = {}
+            for metric in metrics:
+                if metric in values:
+                    i = self.interval(arm, metric)
+                    cells[metric] = f"{100 * i.mean:.1f} ± {100 * (i.high - i.mean):.1f}"
+                else:
+                    cells[metric] = "not resolved"
+            rows[arm] = {**cells, "guarantee": self.guarantees[arm]}
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file (replaced in one move, so that a killed run leaves the old one)."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".part")
+        fresh.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        os.replace(fresh, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """Read a file that `save` wrote. ValueError when it is something else."""
+        try:
+            raw = json.loads(Path(path).read_text())
+            return cls(**{f.name: raw[f.name] for f in fields(cls)})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a results file of this package ({error!r}); write one with Results.save") from None
+
+
+def measure(
+    tables: dict[str, np.ndarray], y: np.ndarray, members: np.ndarray, *, at_risk: np.ndarray
+) -> dict[str, list[float]]:
+    """Metric -> one value a model, from the logits [M, N, K] on clean and adversarial images and robust [M, N].
+
+    "found ..." is the true positive rate at that false positive rate, the larger of clean and adversarial queries in the
+    mean over models; rates that the non-members cannot resolve are left out. Attacks: LiRA with pooled variances, RMIA.
+    """
+    clean = tables["clean"].argmax(-1) == y
+    out = {}
+    for prefix, who in (("", ~members), ("member ", members)):
+        for label, ok in (("clean accuracy", clean), ("robust accuracy", tables["robust"])):
+            out[prefix + label] = [float(o[w].mean()) for o, w in zip(ok, who, strict=True)]
+    at_risk_members = zip(tables["robust"], members & at_risk, strict=True)
+    out["member robust accuracy, at risk"] = [float(o[w].mean()) for o, w in at_risk_members]
+    scores = {}
+    for query in ("clean", "adversarial"):
+        scores["LiRA", query] = lira(logit_margin(tables[query], y), members, variance="pooled")
+        scores["RMIA", query] = rmia(confidence(tables[query], y), members)
+    fine = [f for f in FPRS if f * (~members).sum(1).min() >= MIN_FALSE_POSITIVES]
+    for attack in ("LiRA", "RMIA"):
+        for group, inside in (("", None), (", at risk", at_risk), (", rest", ~at_risk)):
+            seen = [evaluate(scores[attack, q], members, fprs=fine, subset=inside) for q in ("clean", "adversarial")]
+            for column, fpr in enumerate(fine):
+                stronger = max(seen, key=lambda s, c=column: s.tpr[:, c].mean())
+                out[f"{attack}: found at {100 * fpr:g} %{group}"] = stronger.tpr[:, column].tolist()
+            out[f"{attack}: AUC{group}"] = max(seen, key=lambda s: s.auc.mean()).auc.tolist()
+    return out
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published number and what it was measured on."""
+
+    what: str
+    robust: float | None  # robust accuracy, per cent
+    found: float | None  # TPR at 0.1 % FPR, per cent
+    source: str
+
+
+_DEMEM = "Luo & Li, public code and arrays: ResNet-18, half of CIFAR-100 (30,000 images), 128 models"
+_LI = "Li et al., TIFS 2024, the same pipeline on CIFAR-10"
+PUBLISHED = (
+    Published("CIFAR-10, natural", None, 8.2, _LI),
+    Published("CIFAR-10, PGD-AT, eps 8/255", None, 23.8, _LI),
+    Published("CIFAR-10, TRADES, eps 8/255", None, 17.9, _LI),
+    Published("CIFAR-100, PGD-AT, eps 1/255", 52.2, 43.6, _DEMEM),
+    Published("CIFAR-100, PGD-AT, eps 1/255, + LossVariance 0.2", 50.7, 36.1, _DEMEM),
+    Published("CIFAR-100, PGD-AT, eps 8/255", 15.8, 67.2, _DEMEM),
+    Published("CIFAR-100, PGD-AT, eps 8/255, + LossVariance 0.2", 15.6, 64.7, _DEMEM),
+    Published("CIFAR-100, PGD-AT, eps 8/255, + LossVariance 0.6", 13.6, 55.2, _DEMEM),
+    Published("CIFAR-100, TRADES, eps 8/255, + LossVariance 0.2", 17.0, 49.7, _DEMEM),
+)
