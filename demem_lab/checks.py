@@ -252,6 +252,27 @@ def check_n_fgsm(f: Callable) -> bool:
             "this forgets the noise": plain})
 
 
+@_exercise("cost")
+def check_cost(f: Callable) -> bool:
+    """f(attack_steps) -> passes an image that one PGD training step costs; a backward through inputs counts as one."""
+    for steps in (0, 1, 3, 10):
+        _same(f"attack_steps = {steps}", _ask(f, steps), 2 * steps + 3, "an attack step is a forward and an input backward", {
+            "an attack needs no gradient of the weights": 3 * steps + 3,
+            "each attack step goes forward and backward": steps + 3,
+            "training goes forward, and backward through inputs AND weights": 2 * steps + 2})
+
+
+@_exercise("finest")
+def check_finest(f: Callable) -> bool:
+    """f(non_members, rates) -> the smallest of the rates at which at least five non-members are false positives."""
+    rates = (0.1, 0.05, 0.01, 0.001)
+    for count in (50, 100, 600, 5_000, 30_000):
+        fine = [rate for rate in rates if rate * count >= 5]
+        _same(f"{count} non-members, rates {rates}", _ask(f, count, rates), min(fine), "count alarms: rate x non-members", {
+            "one false positive is an anecdote, ask for five": min(rate for rate in rates if rate * count >= 1),
+            "the smallest rate that has enough, not the largest": max(fine)})
+
+
 def _one_step(net, start: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
     z = start.clone().requires_grad_()
     with attacks.frozen(net):

@@ -1,6 +1,6 @@
 """What a run of the protocol found: a value for each model, small enough to keep, share and show without the models.
 
->>> results = Results.load("notebooks/results/cifar10_small_cnn.json")                           # doctest: +SKIP
+>>> results = kept()["cifar10_small_cnn"]                                                        # doctest: +SKIP
 >>> results.interval("drop", "RMIA: found at 1 %", "at risk")                                    # doctest: +SKIP
 """
 
@@ -71,6 +71,11 @@ class Results:
             return cls(**{f.name: raw[f.name] for f in fields(cls)})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a results file of this package ({error!r}); write one with Results.save") from None
+
+
+def kept() -> dict[str, Results]:
+    """The results that come with the package, by name: runs that took hours, to be shown without repeating them."""
+    return {file.stem: Results.load(file) for file in sorted((Path(__file__).parent / "kept").glob("*.json"))}
 
 
 def measure(

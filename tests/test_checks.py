@@ -314,6 +314,14 @@ def held_out_by_loops(scores, member, new_scores, new_member):
 # 06 -- the release schedule, one step from noise
 
 
+def cost(steps, backward=1):
+    return (1 + backward) * steps + 3
+
+
+def finest(non_members, rates, least=5, pick=min):
+    return pick(rate for rate in rates if rate * non_members >= least)
+
+
 def until(score, power, sign=1, top=1, ranks=True):
     rank = np.empty(len(score))
     rank[np.argsort(sign * score, kind="stable")] = np.arange(len(score)) / (len(score) - top)
@@ -333,6 +341,17 @@ def n_fgsm(net, x, y, eps, noise, at_noise=True, keep_noise=True, project=False)
 
 
 EXERCISES = {
+    "cost": (checks.check_cost, [cost, lambda steps: 3 + sum(2 for _ in range(steps))], {
+        "weights' gradients too": (lambda k: cost(k, backward=2), "no gradient of the weights"),
+        "no backward": (lambda k: cost(k, backward=0), "forward and backward"),
+        "training without the inputs": (lambda k: 2 * k + 2, "inputs AND weights"),
+        "attack only": (lambda k: 2 * k, None),
+    }),
+    "finest": (checks.check_finest, [finest, lambda n, rates: next(r for r in sorted(rates) if r * n >= 5)], {
+        "a single false positive": (lambda n, rates: finest(n, rates, least=1), "ask for five"),
+        "the largest": (lambda n, rates: finest(n, rates, pick=max), "smallest"),
+        "more than five": (lambda n, rates: min((r for r in rates if r * n > 5), default=1), None),
+    }),
     "until": (checks.check_until, [until, until_by_counting], {
         "order turned": (lambda s, q: until(s, q, sign=-1), "turned"),
         "divided by N": (lambda s, q: until(s, q, top=0), "N - 1"),

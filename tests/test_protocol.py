@@ -14,7 +14,7 @@ from demem_lab.membership import lira, rmia
 from demem_lab.objectives import AWP, TRADES
 from demem_lab.optimizers import HalfFlat, StepDecay
 from demem_lab.protocol import PROFILES, Protocol, arms_of, run
-from demem_lab.results import PUBLISHED, Results, measure
+from demem_lab.results import PUBLISHED, Results, kept, measure
 from demem_lab.signals import confidence, logit_margin
 from demem_lab.streams import key, model_seeds
 
@@ -191,3 +191,10 @@ def test_groups_of_a_kept_result_have_intervals(done):
     results, _, _ = done
     values = results.arms["none"]["RMIA: AUC, at risk"]
     assert results.interval("none", "RMIA: AUC", "at risk").mean == pytest.approx(np.mean(values))
+
+
+def test_kept_results_say_where_they_come_from():
+    for name, results in kept().items():
+        assert name == name.lower() and results.provenance["commit"] != "unknown"
+        assert set(results.arms) == set(results.guarantees) and "none" in results.arms
+        assert {len(v) for arm in results.arms.values() for v in arm.values()} == {results.protocol["models"]}

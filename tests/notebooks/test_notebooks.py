@@ -12,7 +12,7 @@ import pytest
 from demem_lab import runner, site
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("0[0-7]_*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0[0-8]_*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
 
 
@@ -23,8 +23,8 @@ def executed(tmp_path_factory):
     return {path.stem: runner.run(path, out / path.name, {"profile": "smoke"}) for path in NOTEBOOKS}
 
 
-def test_there_are_eight():
-    assert [name[:2] for name in NAMES] == ["00", "01", "02", "03", "04", "05", "06", "07"]
+def test_there_are_nine():
+    assert [name[:2] for name in NAMES] == ["00", "01", "02", "03", "04", "05", "06", "07", "08"]
 
 
 @pytest.mark.parametrize("name", NAMES)
