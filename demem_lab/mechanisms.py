@@ -165,7 +165,7 @@ class Drop(Mechanism):
     flagged: Tensor
 
     def coefficients(self, batch: Batch) -> Tensor:
-        return (~_look_up(self.flagged, batch)).float()
+        return (~look_up(self.flagged, batch)).float()
 
     def check(self, n: int) -> None:
         flags("flagged", self.flagged, n=n)
@@ -186,7 +186,7 @@ class DownWeight(Mechanism):
         _check("weight", self.weight)
 
     def coefficients(self, batch: Batch) -> Tensor:
-        flagged = _look_up(self.flagged, batch)
+        flagged = look_up(self.flagged, batch)
         weight = _per_model(self.weight, torch.empty(0, device=flagged.device))
         return torch.where(flagged, weight.reshape(-1, 1), 1.0)
 
@@ -249,7 +249,7 @@ class SelectiveDP(Mechanism):
     def _is_protected(self, batch: Batch) -> Tensor:
         if self.protected is None:
             return torch.ones_like(batch.valid)
-        return _look_up(self.protected, batch)
+        return look_up(self.protected, batch)
 
     def _noise_std(self, batch: Batch, models: int, like: Tensor) -> Tensor:
         std = _per_model(self.noise_multiplier, like) * _per_model(self.max_grad_norm, like)
@@ -301,7 +301,7 @@ def _of_model(value: Setting, model: int) -> float:
     return float(value[model] if isinstance(value, (tuple, list)) else value)
 
 
-def _look_up(mask: Tensor, batch: Batch) -> Tensor:
+def look_up(mask: Tensor, batch: Batch) -> Tensor:
     """bool [M, B]: the flags of the batch's samples."""
     mask = torch.as_tensor(mask).to(batch.index.device)
     return mask[batch.index] if mask.ndim == 1 else mask.gather(1, batch.index)

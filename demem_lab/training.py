@@ -34,7 +34,7 @@ from demem_lab.streams import Streams
 from demem_lab.validate import finite, integer, member_mask
 
 MODULES = (
-    "streams", "data", "layers", "models", "attacks", "objectives", "mechanisms", "remedies", "sampling",
+    "streams", "data", "layers", "models", "attacks", "objectives", "mechanisms", "budgets", "remedies", "sampling",
     "optimizers", "training",
 )  # whose source decides what a trained model is
 CHECKPOINT_SECONDS = 20.0

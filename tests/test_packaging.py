@@ -26,6 +26,7 @@ objectives
 accounting
 empirical
 mechanisms
+budgets
 remedies
 sampling
 optimizers
