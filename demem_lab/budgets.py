@@ -41,9 +41,12 @@ class BudgetedDP(SelectiveDP):
         if self.allowed is None:
             raise ValueError("allowed must say in how many steps each sample may take part; make it with steps_within(...)")
 
+    def takes_part(self, batch: Batch) -> Tensor:
+        """bool [M, B]: everybody who has not left."""
+        return batch.valid & ~(self._is_protected(batch) & (batch.step >= look_up(self.allowed, batch)))
+
     def _clip_factors(self, by_layer, batch: Batch, losses: Tensor) -> Tensor:
-        gone = self._is_protected(batch) & (batch.step >= look_up(self.allowed, batch))
-        return super()._clip_factors(by_layer, batch, losses).masked_fill(gone, 0)
+        return torch.where(self.takes_part(batch), super()._clip_factors(by_layer, batch, losses), 0)
 
     def _noise_std(self, batch: Batch, models: int, like: Tensor) -> Tensor:
         last = torch.as_tensor(self._allowed_to_protected().amax(-1), device=like.device)

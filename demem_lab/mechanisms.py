@@ -82,14 +82,18 @@ class Mechanism:
         """How much each sample's gradient counts, [M, B]; None when all count 1."""
         return None
 
+    def takes_part(self, batch: Batch) -> Tensor:
+        """bool [M, B]: the rows worth computing. A sample that counts 0 costs nothing: it is neither attacked nor passed."""
+        coefficients = self.coefficients(batch)
+        return batch.valid if coefficients is None else batch.valid & (coefficients > 0)
+
     def penalty(self, per_sample: PerSample, batch: Batch) -> Tensor | None:
         """A further loss for each model, [M]; None when there is none."""
         return None
 
     def counted(self, batch: Batch) -> Tensor:
         """bool [M, B]: the rows that count without a promise; only they may shape what the whole batch shares."""
-        coefficients = self.coefficients(batch)
-        return batch.valid if coefficients is None else batch.valid & (coefficients > 0)
+        return self.takes_part(batch)
 
     def update(self, net, per_sample: PerSample, batch: Batch) -> list[Tensor]:
         """One gradient for each of net.parameters(), each [M, ...]."""

@@ -72,6 +72,12 @@ class Shuffled:
         return draw
 
 
+def kept_only(index: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch (index [M, B], bool [M, B]) without the rows that are not kept, padded to its new largest draw."""
+    places, valid = _padded(kept)
+    return index.gather(1, places), valid
+
+
 def _padded(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """bool [M, N] -> the chosen columns of each row, left-aligned, and which entries are real."""
     counts = chosen.sum(1)

@@ -28,7 +28,7 @@ from demem_lab.mechanisms import Batch, Guarantee, Mechanism, Plain
 from demem_lab.models import MLP, Network, Spec
 from demem_lab.objectives import Natural, Objective
 from demem_lab.optimizers import SGD, AdamW, HalfFlat, Schedule
-from demem_lab.sampling import Poisson, Sampler
+from demem_lab.sampling import Poisson, Sampler, kept_only
 from demem_lab.store import Store
 from demem_lab.streams import Streams
 from demem_lab.validate import finite, integer, member_mask
@@ -260,11 +260,11 @@ class _State:
     def advance(self) -> None:
         job, t = self.job, self.step
         index, valid = self.draw(t)
+        kept = job.recipe.mechanism.takes_part(self._batch(index, valid))
+        if not torch.equal(kept, valid):  # who has left costs nothing
+            index, valid = kept_only(index, kept)
         rng = Streams(job.seeds, "attack", t, counts=valid.sum(1).tolist(), device=self.device)
-        noise = Streams(job.seeds, "noise", t, device=self.device)
-        batch = Batch(
-            index, valid, float(job.recipe.sampler.batch_size), t, job.steps, noise, epoch=t // job.steps_per_epoch
-        )
+        batch = self._batch(index, valid)
         flat, objective, mechanism = index.flatten(), job.recipe.objective, job.recipe.mechanism
         whole = {"counts": mechanism.counted(batch).flatten()} if getattr(objective, "shifts_weights", False) else {}
         self.consistent = not whole  # an interruption must not keep weights that were moved for a moment
@@ -277,6 +277,13 @@ class _State:
         self.optimizer.apply(gradients, job.recipe.schedule(t, job.steps))
         self._note(seen.adversarial_ce.detach().view_as(valid), index, valid, t // job.steps_per_epoch)
         self.step, self.consistent = t + 1, True
+
+    def _batch(self, index: Tensor, valid: Tensor) -> Batch:
+        job, t = self.job, self.step
+        noise = Streams(job.seeds, "noise", t, device=self.device)
+        return Batch(
+            index, valid, float(job.recipe.sampler.batch_size), t, job.steps, noise, epoch=t // job.steps_per_epoch
+        )
 
     def _note(self, losses: Tensor, index: Tensor, valid: Tensor, epoch: int) -> None:
         self.loss_sum[:, epoch] += torch.where(valid, losses, 0).sum(1)

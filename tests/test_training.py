@@ -15,10 +15,11 @@ from demem_lab import training
 from demem_lab.attacks import PGD
 from demem_lab.data import member_masks
 from demem_lab.mechanisms import DPSGD, Drop, LossVariance, Plain, SelectiveDP
-from demem_lab.models import MLP, ResNet18, SmallCNN
-from demem_lab.objectives import PGDAT, TRADES
+from demem_lab.models import MLP, Network, ResNet18, SmallCNN
+from demem_lab.objectives import AWP, PGDAT, TRADES, Natural
 from demem_lab.optimizers import SGD, AdamW
 from demem_lab.queries import gradient_norms, outputs
+from demem_lab.remedies import GradedRelease
 from demem_lab.sampling import Poisson, Shuffled
 from demem_lab.store import Store, StoreWarning
 from demem_lab.streams import model_seeds
@@ -346,3 +347,39 @@ def test_gradient_norms_are_those_of_one_sample_at_a_time(tiny):
         loss = torch.nn.functional.cross_entropy(net(x), tiny.y[i : i + 1])
         slopes = torch.autograd.grad(loss, list(net.parameters()))
         assert found[2, i] == pytest.approx(float(sum(g.square().sum() for g in slopes).sqrt()), rel=1e-3)
+
+
+class _CountsZeroButComputed(Drop):
+    """Drop as a coefficient of 0 on rows that are computed all the same: the slow twin."""
+
+    def takes_part(self, batch):
+        return batch.valid
+
+    def counted(self, batch):
+        return super().takes_part(batch)
+
+
+@pytest.mark.parametrize("objective", [Natural(), PGDAT(PGD(0.1, 2, random_start=False)), AWP(Natural())])
+def test_who_counts_nothing_is_not_computed_and_nothing_else_changes(tiny, objective, monkeypatch):
+    flagged = torch.arange(tiny.n) % 4 == 0
+    members = member_masks(tiny.n, 4, seed=1)
+    rows = []
+    forward = Network.forward
+    monkeypatch.setattr(Network, "forward", lambda net, x: (rows.append(len(x)), forward(net, x))[1])
+    results, work = [], []
+    for mechanism in (Drop(flagged), _CountsZeroButComputed(flagged)):
+        rows.clear()
+        chosen = recipe(objective=objective, mechanism=mechanism, sampler=Poisson(6))
+        results.append(train(tiny, members, chosen, seeds=range(4), dtype=torch.float64, chunk=4))
+        work.append(sum(rows))
+    for name, fast in results[0].parameters.items():
+        torch.testing.assert_close(fast, results[1].parameters[name], rtol=0, atol=1e-12)
+    assert work[0] < 0.9 * work[1]
+
+
+def test_released_samples_leave_the_batches(tiny):
+    until = torch.where(torch.arange(tiny.n) < 12, 0.5, 1.0)
+    members = torch.ones(1, tiny.n, dtype=torch.bool)
+    chosen = recipe(mechanism=GradedRelease(until), sampler=Shuffled(6), epochs=8)
+    trace = train(tiny, members, chosen, seeds=(0,), trace=True).trace[0]
+    assert not np.isnan(trace[:4]).any() and np.isnan(trace[4:, :12]).all() and not np.isnan(trace[4:, 12:]).any()
