@@ -1,6 +1,7 @@
 """What every panel is made of: named controls with a number box each, one figure, a read-out in words; and predictions.
 
-An error in a callback appears in the read-out, not in a log that nobody sees.
+An error in a callback appears in the read-out, not in a log that nobody sees. All of it works by keyboard and has a name for
+screen readers, and a panel whose cell is run again stands where it stood.
 
 >>> slider, row = number("noise multiplier", 0.0, 3.0, 1.0, step=0.05)
 >>> slider.value
@@ -13,23 +14,74 @@ import html
 import os
 from collections.abc import Sequence
 
+import anywidget
 import ipywidgets as widgets
 import plotly.graph_objects as go
 from IPython.display import display
 
 from demem_lab.validate import finite
 
+# where the controls of each kind of panel stand in this session: a cell that is run again makes new controls
+_positions: dict[tuple[str, str], object] = {}
+
+
+class Names(anywidget.AnyWidget):
+    """Shows nothing; gives the controls around it the names that ipywidgets leaves out.
+
+    A slider's handle has a role and a value in the page but no name, and the number box beside it is called "=". Inside a box
+    of class "demem-panel", handles are named by their slider's label, and boxes "... as a number".
+    """
+
+    _esm = """
+    function name(root) {
+        for (const slider of root.querySelectorAll(".widget-slider")) {
+            const label = slider.querySelector(".widget-label")?.innerText || slider.title;
+            const row = slider.closest(".demem-control");
+            slider.querySelectorAll(".noUi-handle").forEach(handle => handle.setAttribute("aria-label", label));
+            row?.querySelectorAll("input[type=number]").forEach(box => box.setAttribute("aria-label", label + " as a number"));
+        }
+        for (const plot of root.querySelectorAll(".js-plotly-plot")) {
+            plot.setAttribute("role", "img");
+            plot.setAttribute("aria-label", "figure; the text above it says what it shows");
+        }
+    }
+    export default {
+        render({ el }) {
+            let observer = null, ended = false;
+            (function start() {
+                if (ended) return;
+                const root = el.closest(".demem-panel");
+                if (!root) return void requestAnimationFrame(start);  // not in the page yet
+                name(root);
+                observer = new MutationObserver(() => name(root));
+                observer.observe(root, { childList: true, subtree: true });
+            })();
+            return () => { ended = true; observer?.disconnect(); };
+        }
+    };
+    """
+
 
 class Panel:
-    """Base of all panels: `controls` call `update`, and whatever goes wrong is shown in `readout`."""
+    """Base of all panels: `controls` call `update`, and whatever goes wrong is shown in `readout`.
+
+    Controls start where a panel of the same class and a control of the same name stood last in this session, if they can.
+    """
 
     def __init__(self, controls: Sequence[widgets.Widget], boxes: Sequence[widgets.Widget], figure: go.Figure) -> None:
         self.figure = go.FigureWidget(figure)
         self.readout = widgets.HTML()
-        self.widget = widgets.VBox([*boxes, self.readout, self.figure])
+        self.widget = named(widgets.VBox([*boxes, self.readout, self.figure]))
         for control in controls:
+            self._restore(control)
             control.observe(self._changed, names="value")
         self._changed(None)
+
+    def _restore(self, control: widgets.Widget) -> None:
+        place = (type(self).__name__, control.description)
+        if place in _positions and _can_stand_at(control, _positions[place]):
+            control.value = _positions[place]
+        control.observe(lambda change: _positions.update({place: change["new"]}), names="value")
 
     def update(self) -> str:
         """Bring the figure in line with the controls; returns the read-out as HTML."""
@@ -61,7 +113,9 @@ class Prediction:
         self.slider, box = number("your guess", low, high, (low + high) / 2, step=(high - low) / 100)
         self.button = widgets.Button(description="commit", tooltip="lock this guess in", button_style="primary")
         self.button.on_click(self._commit)
-        self.widget = widgets.VBox([widgets.HTML(f"<b>{html.escape(question)}</b>"), widgets.HBox([box, self.button])])
+        self.widget = named(
+            widgets.VBox([widgets.HTML(f"<b>{html.escape(question)}</b>"), widgets.HBox([box, self.button])])
+        )
 
     @property
     def value(self) -> float:
@@ -86,6 +140,13 @@ class Prediction:
             display(self.widget)
 
 
+def named(box: widgets.Box) -> widgets.Box:
+    """The same box, in which every control has a name for screen readers."""
+    box.children = (*box.children, Names())
+    box.add_class("demem-panel")
+    return box
+
+
 def number(name: str, low: float, high: float, value: float, *, step: float) -> tuple[widgets.FloatSlider, widgets.HBox]:
     """A slider for a number and the row that shows it, with a number box beside it; both hold the same value."""
     slider = widgets.FloatSlider(
@@ -97,7 +158,7 @@ def number(name: str, low: float, high: float, value: float, *, step: float) -> 
         style={"description_width": "12px"}, layout={"width": "130px"},
     )
     widgets.link((slider, "value"), (box, "value"))
-    return slider, widgets.HBox([slider, box])
+    return slider, _row(slider, box)
 
 
 def whole(name: str, low: int, high: int, value: int) -> tuple[widgets.IntSlider, widgets.HBox]:
@@ -111,4 +172,18 @@ def whole(name: str, low: int, high: int, value: int) -> tuple[widgets.IntSlider
         style={"description_width": "12px"}, layout={"width": "130px"},
     )
     widgets.link((slider, "value"), (box, "value"))
-    return slider, widgets.HBox([slider, box])
+    return slider, _row(slider, box)
+
+
+def _row(slider: widgets.Widget, box: widgets.Widget) -> widgets.HBox:
+    row = widgets.HBox([slider, box])
+    row.add_class("demem-control")
+    return row
+
+
+def _can_stand_at(control: widgets.Widget, value: object) -> bool:
+    if isinstance(control, (widgets.Dropdown, widgets.ToggleButtons, widgets.RadioButtons, widgets.Select)):
+        return value in control.options or value in [option[-1] for option in control.options if isinstance(option, tuple)]
+    if hasattr(control, "min"):
+        return control.min <= value <= control.max
+    return isinstance(value, type(control.value))

@@ -1,0 +1,74 @@
+"""What panels are made of: names for all, positions that last, errors that are seen."""
+
+import ipywidgets as widgets
+import plotly.graph_objects as go
+import pytest
+
+from demem_lab import controls
+from demem_lab.controls import Names, Panel, number, whole
+
+
+class Made(Panel):
+    def __init__(self, high=10.0, options=("a", "b")):
+        self.amount, first = number("amount", 0.0, high, 1.0, step=0.5)
+        self.count, second = whole("count", 0, 5, 2)
+        self.kind = widgets.Dropdown(options=options, description="kind")
+        super().__init__((self.amount, self.count, self.kind), (first, second, self.kind), go.Figure(go.Scatter(x=[0], y=[0])))
+
+    def update(self):
+        if self.amount.value == 7.0:
+            raise ValueError("seven <is> refused")
+        self.figure.data[0].y = [self.amount.value]
+        return f"{self.kind.value} {self.count.value} {self.amount.value:g}"
+
+
+class Other(Made):
+    """Another kind of panel with controls of the same names."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_session(monkeypatch):
+    monkeypatch.setattr(controls, "_positions", {})
+
+
+def test_the_cell_run_again_stands_where_it_stood():
+    first = Made()
+    first.amount.value, first.count.value, first.kind.value = 4.5, 3, "b"
+    again = Made()
+    assert (again.amount.value, again.count.value, again.kind.value) == (4.5, 3, "b")
+    assert again.figure.data[0].y == (4.5,) and "b 3 4.5" in again.readout.value
+    assert Other().amount.value == 1.0
+
+
+def test_a_position_that_is_no_longer_there_is_not_forced():
+    first = Made()
+    first.amount.value, first.kind.value = 9.0, "b"
+    again = Made(high=5.0, options=("a", "c"))
+    assert (again.amount.value, again.kind.value) == (1.0, "a")
+
+
+def test_options_with_labels_are_restored_by_value():
+    pairs = [("first", 1), ("second", 2)]
+    Made(options=pairs).kind.value = 2
+    assert Made(options=pairs).kind.value == 2
+
+
+def test_slider_and_box_hold_the_same_value():
+    panel = Made()
+    slider, box = panel.widget.children[0].children
+    box.value = 3.5
+    assert slider.value == 3.5 and panel.figure.data[0].y == (3.5,)
+    assert "demem-control" in panel.widget.children[0]._dom_classes
+
+
+def test_an_error_is_seen_and_gone_when_it_is_over():
+    panel = Made()
+    panel.amount.value = 7.0
+    assert "seven &lt;is&gt; refused" in panel.readout.value and "<is>" not in panel.readout.value
+    panel.amount.value = 6.0
+    assert "refused" not in panel.readout.value and 'role="status"' in panel.readout.value
+
+
+def test_every_panel_and_prediction_is_named():
+    for box in (Made().widget, controls.Prediction("How many?", low=0, high=1).widget):
+        assert isinstance(box.children[-1], Names) and "demem-panel" in box._dom_classes
