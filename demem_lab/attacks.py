@@ -87,11 +87,16 @@ class PGD:
             z = self.project(x + self._random_offset(x, rng), x)
         else:
             z = x.clone()
+        # the box around x and [0, 1] are one box, because x lies in [0, 1]: one clamp a step, in place
+        low, high = (x - self.eps).clamp_min_(0), (x + self.eps).clamp_max_(1)
         for _ in range(self.steps):
             z.requires_grad_()
             (slope,) = torch.autograd.grad(loss(net(z), y).sum(), z)
-            direction = slope.sign() if self.norm == "linf" else slope / _norms(slope).clamp_min(1e-12)
-            z = self.project(z.detach() + step * direction, x)
+            z = z.detach()
+            if self.norm == "linf":
+                z = z.add_(slope.sign(), alpha=step).clamp_(low, high)
+            else:
+                z = self.project(z + step * slope / _norms(slope).clamp_min(1e-12), x)
         return z
 
     def project(self, z: Tensor, x: Tensor) -> Tensor:

@@ -154,13 +154,16 @@ class _Normalised(Layer):
         self.weight = nn.Parameter(torch.ones(models, channels))
         self.bias = nn.Parameter(torch.zeros(models, channels))
 
-    def normalise(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """The normalised input, scaled and shifted where `weight` and `bias` [M*C] are given."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.flatten(), self.bias.flatten()
+        if self.calls is None:  # nobody asks for the normalised input: torch's own scale and shift save a pass over memory
+            return self.normalise(x, weight, bias)
         seen = self.normalise(x)
-        out = torch.addcmul(self.bias.flatten()[:, None, None], seen, self.weight.flatten()[:, None, None])
-        return self.record(seen, out)
+        return self.record(seen, torch.addcmul(bias[:, None, None], seen, weight[:, None, None]))
 
     def initialise(self, streams: Streams) -> None:
         with torch.no_grad():
@@ -189,8 +192,8 @@ class GroupNorm(_Normalised):
         super().__init__(models, channels)
         self.groups = groups
 
-    def normalise(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.models * self.groups)
+    def normalise(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return F.group_norm(x, self.models * self.groups, weight, bias)
 
 
 class BatchNorm(_Normalised):
@@ -201,6 +204,7 @@ class BatchNorm(_Normalised):
         self.register_buffer("running_mean", torch.zeros(models, channels))
         self.register_buffer("running_var", torch.ones(models, channels))
 
-    def normalise(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         # .view(-1) shares memory, so that the running statistics are updated in place
-        return F.batch_norm(x, self.running_mean.view(-1), self.running_var.view(-1), training=self.training)
+        mean, var = self.running_mean.view(-1), self.running_var.view(-1)
+        return F.batch_norm(x, mean, var, weight, bias, training=self.training)

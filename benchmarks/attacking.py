@@ -1,0 +1,162 @@
+"""Attacks and attack-heavy steps against torchattacks, foolbox, the public TRADES loss, and AutoAttack alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from harness import Row, judged, times, versus
+from shadow_models import EPS, attacked, torch_model
+
+from demem_lab import data, training
+from demem_lab.attacks import FGSM, PGD, autoattack, predictions, withstands
+from demem_lab.mechanisms import Plain
+from demem_lab.models import MLP, ResNet18, SmallCNN
+from demem_lab.objectives import PGDAT, TRADES
+from demem_lab.optimizers import SGD
+from demem_lab.sampling import Shuffled
+from demem_lab.training import Recipe, train
+
+
+def _images(side: int, batch: int, channels: int = 1):
+    digits = data.load()
+    x = F.interpolate(digits.x[:batch], size=(side, side), mode="bilinear").clamp(0, 1).expand(-1, channels, -1, -1).contiguous()
+    return x, digits.y[:batch]
+
+
+def pgd(quick: bool) -> list[Row]:
+    """PGD-10 at full strength on one network."""
+    rows, steps = [], 10
+    for name, spec, side, batch in (("MLP", MLP(), 8, 256), ("small CNN", SmallCNN(), 28, 64)):
+        x, y = _images(side, batch)
+        net = spec.build(models=1, shape=tuple(x.shape[1:]), classes=10, seeds=(0,))
+        attack = PGD(EPS, steps)
+        generator = torch.Generator().manual_seed(0)
+        ways = {"ours": lambda n=net, x=x, y=y, a=attack, g=generator: a(n, x, y, rng=g)}
+        torch.manual_seed(0)
+        notes = {}
+        try:
+            import torchattacks
+
+            theirs = torchattacks.PGD(net, eps=EPS, alpha=2.5 * EPS / steps, steps=steps, random_start=True)
+            ways["torchattacks"] = lambda t=theirs, x=x, y=y: t(x, y)
+        except ImportError:
+            notes["plain script"] = "torchattacks is not installed"
+        try:
+            import foolbox
+
+            model = foolbox.PyTorchModel(net.eval(), bounds=(0, 1))
+            linf = foolbox.attacks.LinfPGD(steps=steps, abs_stepsize=2.5 * EPS / steps)
+            ways["foolbox"] = lambda m=model, a=linf, x=x, y=y: a(m, x, y, epsilons=EPS)
+        except ImportError:
+            notes["plain script"] = "foolbox is not installed"
+        ways["plain script"] = lambda n=net, x=x, y=y: attacked(n, x, y, steps)
+        fooled = {k: float((predictions(net, w()[1] if k == "foolbox" else w()) != y).double().mean()) for k, w in ways.items()}
+        assert max(fooled.values()) - min(fooled.values()) < 0.1, f"not the same attack: {fooled}"
+        rows += versus(
+            "PGD-10", f"{name}, {side}x{side}, batch {batch}, eager, 1 thread", ways, rounds=3 if quick else 9,
+            targets={k: 0.95 for k in ways if k != "ours"}, notes=notes,
+        )
+    if not quick:
+        rows += _channels_last()
+    return rows
+
+
+def _channels_last() -> list[Row]:
+    x, y = _images(32, 64, 3)
+    net = ResNet18(width=16).build(models=1, shape=(3, 32, 32), classes=10, seeds=(0,))
+    last = x.contiguous(memory_format=torch.channels_last)
+    attack = PGD(EPS, 10, random_start=False)
+    near = (attack(net, x, y) - attack(net, last, y)).abs().mean()
+    assert near < EPS / 4, f"the layout must not change the attack: {near}"
+    return versus(
+        "PGD-10", "ResNet-18 of width 16, 32x32, batch 64, eager, 1 thread",
+        {"ours": lambda: attack(net, last, y), "ours, channels first": lambda: attack(net, x, y)}, rounds=5,
+        targets={"ours, channels first": 1.5},
+    )
+
+
+def early_exit(quick: bool) -> list[Row]:
+    """robust_accuracy leaves out who is fooled already."""
+    digits = data.load(subset=300 if quick else 1200)
+    members = data.member_masks(digits.n, 2, seed=0)
+    ensemble = train(digits, members, Recipe(model=MLP(), epochs=10, sampler=Shuffled(50)), seeds=(0, 1))
+    net = ensemble.network([0])
+    attacks = [FGSM(EPS), *(PGD(EPS, 10, random_start=False, step_size=s) for s in (0.02, 0.05, 0.1))]
+    standing, active = torch.ones(digits.n, dtype=torch.bool), []
+    for attack in attacks:
+        active.append(float(standing.double().mean()) * attack.steps)
+        standing &= withstands(net, digits.x, digits.y, [attack])
+    share = sum(active) / sum(a.steps for a in attacks)
+
+    def all_of_them():
+        return torch.stack([predictions(net, a(net, digits.x, digits.y)) == digits.y for a in attacks]).all(0)
+
+    assert bool((all_of_them() == withstands(net, digits.x, digits.y, attacks)).all())
+    return versus(
+        "robust accuracy, FGSM and three PGD-10", f"MLP, {digits.n} digits, active share {share:.2f}",
+        {"ours": lambda: withstands(net, digits.x, digits.y, attacks), "the same without early exit": all_of_them},
+        rounds=3 if quick else 7, targets={"the same without early exit": round(0.9 / share, 2)},
+    )
+
+
+def trades(quick: bool) -> list[Row]:
+    """One TRADES-10 step: clean softmax once, no weight gradients in the attack, against the loss as it is published."""
+    rows = []
+    for name, spec, side, batch in (("MLP", MLP(), 8, 128), ("small CNN", SmallCNN(), 28, 64)):
+        x, y = _images(side, batch)
+        images = data.Dataset("bench", x, y, tuple("0123456789"), "digits", EPS)
+        everybody = torch.ones(1, batch, dtype=torch.bool)
+        recipe = Recipe(spec, TRADES(PGD(EPS, 10)), Plain(), SGD(lr=0.01), Shuffled(batch), epochs=10_000)
+        job = training._Job(images, everybody, recipe, (0,), torch.device("cpu"), False, torch.float32, float(batch))
+        state = training._State(job)
+        net = torch_model(spec, tuple(x.shape[1:]))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+        rows += versus(
+            "TRADES-10 step", f"{name}, {side}x{side}, batch {batch}, 1 thread",
+            {"ours": state.advance, "as published": lambda n=net, x=x, y=y, o=optimizer: _published_step(n, x, y, o)},
+            rounds=4 if quick else 11, targets={"as published": 1.25},
+        )
+    return rows
+
+
+def _published_step(net, x, y, optimizer, *, beta: float = 6.0, steps: int = 10) -> None:
+    """The order of work of the public implementation: the clean forward pass is repeated in every attack step, and the KL
+    term is differentiated with the weights' gradients switched on."""
+    net.eval()
+    moved = x.detach() + 0.001 * torch.randn_like(x)
+    for _ in range(steps):
+        moved.requires_grad_()
+        with torch.enable_grad():
+            distance = F.kl_div(F.log_softmax(net(moved), 1), F.softmax(net(x), 1), reduction="sum")
+        (slope,) = torch.autograd.grad(distance, [moved])
+        moved = (moved.detach() + 2.5 * EPS / steps * slope.sign()).clamp(x - EPS, x + EPS).clamp(0, 1)
+    net.train()
+    optimizer.zero_grad()
+    clean = net(x)
+    robust = F.kl_div(F.log_softmax(net(moved), 1), F.softmax(clean, 1), reduction="batchmean")
+    (F.cross_entropy(clean, y) + beta * robust).backward()
+    optimizer.step()
+
+
+def auto(quick: bool) -> list[Row]:
+    """Our bridge to AutoAttack against pyautoattack alone."""
+    from pyautoattack import AutoAttack
+
+    digits = data.load(subset=24 if quick else 64)
+    whole = data.load()
+    everybody = data.member_masks(whole.n, 2, seed=0)
+    recipe = Recipe(model=MLP(), objective=PGDAT(PGD(EPS, 3)), epochs=10, sampler=Shuffled(50))
+    net = train(whole, everybody, recipe, seeds=(0, 1)).network([0])
+
+    def alone():
+        judge = AutoAttack(model=net, norm="Linf", eps=EPS, version="standard", device="cpu", seed=0)
+        return judge.run_standard_evaluation(digits.x, digits.y, batch_size=64)[0]
+
+    found = times({"ours": lambda: autoattack(net, digits.x, digits.y, eps=EPS), "alone": alone}, rounds=1 if quick else 3)
+    ratios = [a / o for a, o in zip(found["alone"], found["ours"], strict=True)]
+    return [judged("AutoAttack", f"MLP, {digits.n} digits", "pyautoattack alone", ratios, target=0.95)]
+
+
+def jobs(quick: bool) -> list[Row]:
+    """All rows of this file."""
+    return [*pgd(quick), *early_exit(quick), *trades(quick), *auto(quick)]

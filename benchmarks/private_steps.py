@@ -1,0 +1,173 @@
+"""What privacy costs a training step: ours against an ordinary step, Opacus in its modes, and vmap over samples."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from harness import Row, versus
+from opacus import GradSampleModule
+from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+from shadow_models import torch_model
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from demem_lab.mechanisms import DPSGD, Batch, Mechanism, Plain, SelectiveDP
+from demem_lab.models import MLP, SmallCNN
+from demem_lab.objectives import Natural
+from demem_lab.streams import Streams
+
+BOUND = 1.0
+
+
+class Case:
+    """One network and batch; every way returns the clipped sum of gradients as one flat vector."""
+
+    def __init__(self, spec: MLP | SmallCNN, side: int, batch: int) -> None:
+        warnings.filterwarnings("ignore")
+        shape = (1, side, side)
+        self.batch, self.shape = batch, shape
+        generator = torch.Generator().manual_seed(0)
+        self.x, self.y = torch.rand(batch, *shape, generator=generator), torch.arange(batch) % 10
+        self.net = spec.build(models=1, shape=shape, classes=10, seeds=(0,))
+        self.parameters = sum(p.numel() for p in self.net.parameters())
+        self.index = torch.arange(batch)
+
+    def step(self, mechanism: Mechanism, noise: bool = True) -> list[torch.Tensor]:
+        """One update by one of our mechanisms."""
+        valid = torch.ones(1, self.batch, dtype=torch.bool)
+        batch = Batch(self.index[None], valid, 1.0, 0, 1, Streams((0,), "noise"))
+        with self.net.recording(mechanism.per_sample):
+            return mechanism.update(self.net, Natural()(self.net, self.x, self.y, self.index, rng=None), batch)
+
+    def twin(self, spec) -> nn.Module:
+        """torch's own layers with our weights."""
+        twin = torch_model(spec, self.shape)
+        ours = {name: p.detach()[0] for name, p in self.net.named_parameters()}
+        layers = [m for m in twin.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.GroupNorm))]
+        order = {"conv": [], "norm": [], "lin": []}
+        for name in dict.fromkeys(n.rsplit(".", 1)[0] for n in ours):
+            w = ours[f"{name}.weight"]
+            order["conv" if w.ndim == 4 else "norm" if w.ndim == 1 else "lin"].append(name)
+        for layer in layers:
+            kind = {nn.Conv2d: "conv", nn.GroupNorm: "norm", nn.Linear: "lin"}[type(layer)]
+            name = order[kind].pop(0)
+            weight = ours[f"{name}.weight"]
+            with torch.no_grad():
+                layer.weight.copy_(weight.T if kind == "lin" else weight)
+                layer.bias.copy_(ours[f"{name}.bias"])
+        return twin
+
+
+def _noised(sums: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [s + torch.randn_like(s) for s in sums]
+
+
+def opacus_mode(case: Case, spec, mode: str):
+    """Per-sample gradients by Opacus, clipped and summed as its optimizer does."""
+    wrapped = GradSampleModule(case.twin(spec), loss_reduction="sum", force_functorch=mode == "functorch")
+    parameters = list(wrapped.parameters())
+
+    def clipped(noise: bool = True):
+        wrapped.zero_grad(set_to_none=True)
+        F.cross_entropy(wrapped(case.x), case.y, reduction="sum").backward()
+        norms = sum(p.grad_sample.flatten(1).square().sum(1) for p in parameters).sqrt()
+        factor = (BOUND / norms).clamp_max(1)
+        sums = [torch.einsum("b,b...->...", factor, p.grad_sample) for p in parameters]
+        for p in parameters:
+            p.grad_sample = None
+        return _noised(sums) if noise else sums
+
+    return clipped
+
+
+def opacus_ghost(case: Case, spec):
+    """Opacus' ghost clipping: norms without gradients, then a second backward pass with weighted losses."""
+    wrapped = GradSampleModuleFastGradientClipping(
+        case.twin(spec), max_grad_norm=BOUND, use_ghost_clipping=True, loss_reduction="sum"
+    )
+    parameters = list(wrapped.parameters())
+
+    def clipped(noise: bool = True):
+        wrapped.zero_grad(set_to_none=True)
+        wrapped.enable_hooks()
+        losses = F.cross_entropy(wrapped(case.x), case.y, reduction="none")
+        losses.sum().backward(retain_graph=True)
+        factor = wrapped.get_clipping_coef()
+        wrapped.zero_grad(set_to_none=True)
+        wrapped.disable_hooks()
+        (losses * factor).sum().backward()
+        sums = [p.grad for p in parameters]
+        return _noised(sums) if noise else sums
+
+    return clipped
+
+
+def by_vmap(case: Case, spec):
+    """torch.func: every sample's gradient written out."""
+    net = case.twin(spec)
+    weights = {n: p.detach() for n, p in net.named_parameters()}
+
+    def loss(w, x, y):
+        return F.cross_entropy(functional_call(net, w, (x[None],)), y[None])
+
+    every = vmap(grad(loss), in_dims=(None, 0, 0))
+
+    def clipped(noise: bool = True):
+        slopes = every(weights, case.x, case.y)
+        norms = sum(s.flatten(1).square().sum(1) for s in slopes.values()).sqrt()
+        factor = (BOUND / norms).clamp_max(1)
+        sums = [torch.einsum("b,b...->...", factor, s) for s in slopes.values()]
+        return _noised(sums) if noise else sums
+
+    return clipped
+
+
+def _length(sums) -> torch.Tensor:
+    return torch.stack([s.square().sum() for s in sums]).sum().sqrt()
+
+
+def jobs(quick: bool) -> list[Row]:
+    """DP-SGD and SelectiveDP steps of an MLP and a CNN."""
+    rows, rounds = [], 4 if quick else 15
+    cases = [("MLP", MLP(), 20, 256, 1.4, 2.0)] if quick else [
+        ("MLP", MLP(), 20, 256, 1.4, 2.0), ("small CNN", SmallCNN(width=32, hidden=128), 28, 128, 2.0, 1.3),
+    ]
+    for name, spec, side, batch, most, faster in cases:
+        case = Case(spec, side, batch)
+        shape = f"{name}, {case.parameters // 1000}k parameters, {side}x{side}, batch {batch}, 1 thread"
+        peers = {f"Opacus {mode}": opacus_mode(case, spec, mode) for mode in ("hooks", "functorch")}
+        peers |= {"Opacus ghost": opacus_ghost(case, spec), "vmap(grad)": by_vmap(case, spec)}
+        ours = _length(case.step(DPSGD(0.0, BOUND)))
+        for peer, clipped in peers.items():  # the same clipped sum, or it is not the same job
+            torch.testing.assert_close(_length(clipped(noise=False)), ours, rtol=2e-4, atol=0, msg=lambda m, p=peer: f"{p}: {m}")
+        private, plain = DPSGD(1.0, BOUND), Plain()
+        rows += versus(
+            "DP-SGD step", shape, {"ours": lambda c=case, m=private: c.step(m), **peers}, rounds=rounds,
+            targets=dict.fromkeys(peers, faster),
+        )
+        rows += versus(
+            "DP-SGD step", shape,
+            {"ours": lambda c=case, m=private: c.step(m), "a plain step": lambda c=case, m=plain: c.step(m)}, rounds=rounds, targets={"a plain step": most}, at_most=True,
+        )
+        flags = torch.arange(batch) < batch // 10
+        selective = SelectiveDP(1.0, BOUND, flags)
+
+        def two_passes(c=case, flags=flags, batch=batch):
+            rest, few = c.index[~flags], c.index[flags]
+            for rows_of, mechanism in ((rest, Plain()), (few, DPSGD(1.0, BOUND))):
+                valid = torch.ones(1, len(rows_of), dtype=torch.bool)
+                part = Batch(rows_of[None], valid, 1.0, 0, 1, Streams((0,), "noise"))
+                with c.net.recording(mechanism.per_sample):
+                    mechanism.update(c.net, Natural()(c.net, c.x[rows_of], c.y[rows_of], rows_of, rng=None), part)
+
+        ways = {
+            "ours": lambda c=case, m=selective: c.step(m), "DP-SGD": lambda c=case, m=private: c.step(m),
+            "two separate passes": two_passes, "a plain step": lambda c=case, m=plain: c.step(m),
+        }
+        rows += versus(
+            "SelectiveDP step, 10 % protected", shape, ways, rounds=rounds, at_most=True,
+            targets={"DP-SGD": 1.05} | ({"a plain step": 1.4} if name == "small CNN" else {}),
+        )
+    return rows
