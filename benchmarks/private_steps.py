@@ -149,7 +149,8 @@ def jobs(quick: bool) -> list[Row]:
         )
         rows += versus(
             "DP-SGD step", shape,
-            {"ours": lambda c=case, m=private: c.step(m), "a plain step": lambda c=case, m=plain: c.step(m)}, rounds=rounds, targets={"a plain step": most}, at_most=True,
+            {"ours": lambda c=case, m=private: c.step(m), "a plain step": lambda c=case, m=plain: c.step(m)},
+            rounds=rounds, targets={"a plain step": most}, at_most=True,
         )
         flags = torch.arange(batch) < batch // 10
         selective = SelectiveDP(1.0, BOUND, flags)
