@@ -3,6 +3,7 @@
     demem-lab run 05 --profile smoke -p noise_multiplier=1.0
     demem-lab tour
     demem-lab report outputs.npz --html audit.html
+    demem-lab doctor
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def run_command(
     profile: Annotated[str, typer.Option(help="smoke, lesson or full")] = "",
     p: Annotated[list[str] | None, typer.Option("-p", help="name=value, may be repeated")] = None,
     out: Annotated[Path, typer.Option(help="folder for the executed notebooks and index.html")] = Path("runs/run"),
+    timeout: Annotated[int, typer.Option(help="seconds that one cell may take; 0: as long as it likes", min=0)] = 0,
 ) -> None:
     """Run notebooks headless with checked parameters; exit status 1 when a cell fails, 2 for a bad parameter."""
     paths = [found for name in notebooks for found in find(name)]
@@ -44,7 +46,7 @@ def run_command(
         given["profile"] = profile
     for path in paths:
         _refuse_bad(lambda path=path: runner.check(path, given))
-    raise typer.Exit(run_all(paths, out, given))
+    raise typer.Exit(run_all(paths, out, given, timeout=timeout))
 
 
 @app.command()
@@ -57,6 +59,14 @@ def tour(
     for path in paths:
         _refuse_bad(lambda path=path: runner.check(path, {"profile": profile}))
     raise typer.Exit(run_all(paths, out, {"profile": profile}, strict=True))
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Say whether this machine is ready: one line a thing, with its fix; exit status 1 when something fails."""
+    from demem_lab import doctor
+
+    raise typer.Exit(doctor.main())
 
 
 @app.command("report")
