@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -122,16 +123,19 @@ def find(name: str) -> list[Path]:
     _stop(f"no notebook {name!r}: give a path to an .ipynb file, or a number such as 05 from a checkout of the repository")
 
 
-def run_all(paths: Sequence[Path], out: Path, given: dict, *, strict: bool = False) -> int:
+def run_all(paths: Sequence[Path], out: Path, given: dict, *, strict: bool = False, timeout: int = 0) -> int:
     """Run every notebook, also after a failure; write index.html and the tables; 0 only when all went well.
 
-    strict: memory and size over the tour's budget count as failures too; else they are only said.
+    strict: memory, size and seconds over the tour's budget count as failures too, the seconds at the speed that this
+    machine has right then; else they are only said. timeout: seconds for one cell, 0 for any number.
     """
+    _refuse_unwritable(out)
     results = []
     os.environ.setdefault("DEMEM_PROFILE", str(given.get("profile", "lesson")))
     for number, path in enumerate(paths, 1):
         line = _Line(f"[{number}/{len(paths)}] {path.name}")
-        result = runner.run(path, out / path.name, given, say=line)
+        slow = _slowness() if strict else 1.0
+        result = replace(runner.run(path, out / path.name, given, say=line, timeout=timeout), slowness=slow)
         results.append(result)
         line.end(
             f"{result.seconds:.0f} s, {result.peak_mb:.0f} MB, {result.reused} results reused, {result.computed} computed"
@@ -189,6 +193,21 @@ def _pair(text: str) -> tuple[str, str]:
     if not sign or not name:
         _stop(f"parameters are given as name=value, got {text!r}")
     return name, value
+
+
+def _slowness() -> float:
+    from demem_lab import estimate  # torch takes seconds to import, and only a tour needs it here
+
+    return estimate.slowness()
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        _stop(f"{folder} cannot be written ({error.strerror}); give another folder with --out")
 
 
 def _refuse_bad(check) -> None:

@@ -128,7 +128,8 @@ def gpu() -> Check:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library of another CUDA version
-        return Check("GPU", "fail", f"torch cannot be imported: {error}", f"{sys.executable} -m pip install --force-reinstall torch")
+        fix = f"{sys.executable} -m pip install --force-reinstall torch"
+        return Check("GPU", "fail", f"torch cannot be imported: {error}", fix)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         there = torch.cuda.is_available()
