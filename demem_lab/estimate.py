@@ -57,8 +57,8 @@ def step_seconds(lab: Experiment, limit: float = PROBE_SECONDS) -> float:
     on = farm.device(lab.device)
     few = min(lab.models, farm.workers(on))
     _train(lab, few, 1)  # the first step of a process warms up
-    begun = _train(lab, few, 1)
-    models = lab.models if begun * lab.models / few < limit / 2 else few
+    one = (_train(lab, few, 3) - _train(lab, few, 1)) / 2
+    models = lab.models if one * lab.models / few < limit / 2 else few
     begun = _train(lab, models, 1)
     steps = max(1, min(40, int(limit / 2 / begun)))
     return max(_train(lab, models, 1 + steps) - begun, 1e-9) / steps * lab.models / models
