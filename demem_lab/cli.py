@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -23,9 +24,10 @@ import typer
 from demem_lab import runner, site
 
 INTRO = (
-    "Adversarially trained models withstand manipulated inputs and leak more about their training data. These notebooks "
-    "measure the leak, ask who pays for privacy, and try to protect only the samples at risk. Everything below was "
-    "computed when this page was made; hover over any figure for its numbers."
+    "Adversarial training makes a model withstand manipulated images. It may also make it remember more about the images "
+    "it was trained on, and give that away. Privacy noise for everybody stops this, and costs everybody. DeMem (Luo & Li, "
+    "2024, arXiv 2412.05767) treats only those at risk. The notebooks of demem_lab measure all of it; every number and "
+    "figure below was computed when this page was made. Point at a figure for its numbers."
 )
 INDEX_MB = 25.0
 
@@ -143,7 +145,10 @@ def run_all(paths: Sequence[Path], out: Path, given: dict, *, strict: bool = Fal
         )
         if result.error:
             print(f"demem-lab: {path.name} failed in {result.error}; see {result.executed}", file=sys.stderr)
-    index = site.write(out / "index.html", results, title="demem_lab", intro=INTRO)
+    folder = paths[0].resolve().parent
+    if (folder / "images").is_dir():  # so that the executed notebooks show theirs
+        shutil.copytree(folder / "images", out / "images", dirs_exist_ok=True)
+    index = site.write(out / "index.html", results, title="Can a robust model keep a secret?", intro=INTRO, folder=folder)
     (out / "table.json").write_text(json.dumps([_plain(r) for r in results], indent=1))
     (out / "table.md").write_text(_table(results))
     seconds = sum(r.seconds for r in results)

@@ -2,7 +2,7 @@
 
 >>> print(status(profile("lesson").experiment(), "05"))                                  # doctest: +SKIP
 05: about 4 minutes on this machine the first time, about 15 seconds when its results are kept
-3 seeds x 16 models on 1797 images of digits; CPU, 2 chunks of models side by side; 212 results of these images are kept
+3 seeds x 16 models on 1797 images of digits; CPU, 2 workers; 212 results of these images kept
 
 Nothing is guessed. The seconds of the last tour on two quiet cores are known (`MEASURED`), and so is how long plain
 adversarial training took there; a probe of a second trains a few steps of the same kind here, with this notebook's data,
@@ -32,7 +32,7 @@ def status(lab: Experiment, notebook: str = "") -> str:
     kept = lab.store.count(lab.dataset.fingerprint)
     what = (
         f"{len(lab.seeds)} seeds x {lab.models} models on {lab.dataset.n} images of {lab.dataset.name}; {uses(lab)}; "
-        f"{kept} results of these images are kept"
+        f"{_count(kept, 'result')} of these images kept"
     )
     if notebook not in MEASURED:
         return what
@@ -75,7 +75,7 @@ def uses(lab: Experiment) -> str:
     if on.type == "cuda":
         return f"GPU {torch.cuda.get_device_name(on)}"
     spare = "; the GPU is left alone" if torch.cuda.is_available() else ""
-    return f"CPU, {farm.workers(on)} chunks of models side by side{spare}"
+    return f"CPU, {_count(farm.workers(on), 'worker')}{spare}"
 
 
 def spell(seconds: float) -> str:
@@ -83,9 +83,11 @@ def spell(seconds: float) -> str:
     if seconds < 57.5:
         return f"{max(5, 5 * round(seconds / 5))} seconds"
     minutes = max(1, round(seconds / 60))
-    if minutes >= 100:
-        return f"{round(minutes / 60)} hours"
-    return f"{minutes} minute{'s' * (minutes > 1)}"
+    return _count(minutes, "minute") if minutes < 100 else _count(round(minutes / 60), "hour")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _train(lab: Experiment, models: int, steps: int) -> float:

@@ -50,6 +50,7 @@ views
 controls
 panels
 checks
+pages
 doctor
 runner
 site
