@@ -59,7 +59,7 @@ def test_the_install_line_asks_for_extras_that_exist():
     assert badges.EXTRAS in badges.PROJECT["project"]["optional-dependencies"]
 
 
-@pytest.mark.parametrize("file", badges.NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("file", badges.NOTEBOOKS[:8], ids=lambda p: p.stem)  # 08 shows a table of its own
 def test_every_notebook_says_what_it_will_use_before_it_computes(file):
     cells = [c.source for c in nbformat.read(file, 4).cells if c.cell_type == "code"]
     first = next(i for i, source in enumerate(cells) if "experiment.profile(profile)" in source)
@@ -86,7 +86,7 @@ def test_binder_starts_with_one_thread_and_a_store_that_is_part_of_the_image(tmp
 def test_binder_computes_ahead_for_every_lesson_and_through_start():
     script = (ROOT / "binder" / "postBuild").read_text()
     numbers = re.search(r"DEMEM_WARM:-([\d ]+)", script)[1].split()
-    assert set(numbers) == {f"{n:02d}" for n in range(8)}
+    assert set(numbers) == {f"{n:02d}" for n in range(len(badges.NOTEBOOKS))}
     assert re.search(r"binder/start timeout .*\\\n\s+demem-lab run .* \|\| ", script), "a slow builder must not fail the image"
     for name in ("start", "postBuild"):
         subprocess.run(["bash", "-n", ROOT / "binder" / name], check=True)
