@@ -287,12 +287,11 @@ def _groups(root: Path) -> list[Path]:
 
 
 def _number(file: Path) -> int | None:
-    """The number in a control group's file; None for none, and for "max" and its old spelling, a number beyond any memory."""
+    """The number in a control group's file; None where there is no such file, or no limit ("max")."""
     try:
-        number = int(file.read_text())
+        return int(file.read_text())
     except (OSError, ValueError):
         return None
-    return number if number < 2**60 else None
 
 
 def _quota(folder: Path) -> float | None:
