@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tour lab test clean
+.PHONY: help tour lab doctor test clean
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -14,6 +14,9 @@ tour: .venv/.tour  ## run notebooks 00 to 05 headless; report in runs/tour/index
 
 lab: .venv/.tour  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+doctor: .venv/.tour  ## is this machine ready? a line for each thing, with its fix
+	@$(BIN)/demem-lab doctor
 
 test: .venv/.test  ## run everything CI runs
 	@sh tests/browser/install_chromium.sh

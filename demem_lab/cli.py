@@ -3,16 +3,19 @@
     demem-lab run 05 --profile smoke -p noise_multiplier=1.0
     demem-lab tour
     demem-lab report outputs.npz --html audit.html
+    demem-lab doctor
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +24,10 @@ import typer
 from demem_lab import runner, site
 
 INTRO = (
-    "Adversarially trained models withstand manipulated inputs and leak more about their training data. These notebooks "
-    "measure the leak, ask who pays for privacy, and try to protect only the samples at risk. Everything below was "
-    "computed when this page was made; hover over any figure for its numbers."
+    "Adversarial training makes a model withstand manipulated images. It may also make it remember more about the images "
+    "it was trained on, and give that away. Privacy noise for everybody stops this, and costs everybody. DeMem (Luo & Li, "
+    "2024, arXiv 2412.05767) treats only those at risk. The notebooks of demem_lab measure all of it; every number and "
+    "figure below was computed when this page was made. Point at a figure for its numbers."
 )
 INDEX_MB = 25.0
 
@@ -36,6 +40,7 @@ def run_command(
     profile: Annotated[str, typer.Option(help="smoke, lesson or full")] = "",
     p: Annotated[list[str] | None, typer.Option("-p", help="name=value, may be repeated")] = None,
     out: Annotated[Path, typer.Option(help="folder for the executed notebooks and index.html")] = Path("runs/run"),
+    timeout: Annotated[int, typer.Option(help="seconds that one cell may take; 0: as long as it likes", min=0)] = 0,
 ) -> None:
     """Run notebooks headless with checked parameters; exit status 1 when a cell fails, 2 for a bad parameter."""
     paths = [found for name in notebooks for found in find(name)]
@@ -44,7 +49,7 @@ def run_command(
         given["profile"] = profile
     for path in paths:
         _refuse_bad(lambda path=path: runner.check(path, given))
-    raise typer.Exit(run_all(paths, out, given))
+    raise typer.Exit(run_all(paths, out, given, timeout=timeout))
 
 
 @app.command()
@@ -57,6 +62,14 @@ def tour(
     for path in paths:
         _refuse_bad(lambda path=path: runner.check(path, {"profile": profile}))
     raise typer.Exit(run_all(paths, out, {"profile": profile}, strict=True))
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Say whether this machine is ready: one line a thing, with its fix; exit status 1 when something fails."""
+    from demem_lab import doctor
+
+    raise typer.Exit(doctor.main())
 
 
 @app.command("report")
@@ -112,16 +125,19 @@ def find(name: str) -> list[Path]:
     _stop(f"no notebook {name!r}: give a path to an .ipynb file, or a number such as 05 from a checkout of the repository")
 
 
-def run_all(paths: Sequence[Path], out: Path, given: dict, *, strict: bool = False) -> int:
+def run_all(paths: Sequence[Path], out: Path, given: dict, *, strict: bool = False, timeout: int = 0) -> int:
     """Run every notebook, also after a failure; write index.html and the tables; 0 only when all went well.
 
-    strict: memory and size over the tour's budget count as failures too; else they are only said.
+    strict: memory, size and seconds over the tour's budget count as failures too, the seconds at the speed that this
+    machine has right then; else they are only said. timeout: seconds for one cell, 0 for any number.
     """
+    _refuse_unwritable(out)
     results = []
     os.environ.setdefault("DEMEM_PROFILE", str(given.get("profile", "lesson")))
     for number, path in enumerate(paths, 1):
         line = _Line(f"[{number}/{len(paths)}] {path.name}")
-        result = runner.run(path, out / path.name, given, say=line)
+        slow = _slowness() if strict else 1.0
+        result = replace(runner.run(path, out / path.name, given, say=line, timeout=timeout), slowness=slow)
         results.append(result)
         line.end(
             f"{result.seconds:.0f} s, {result.peak_mb:.0f} MB, {result.reused} results reused, {result.computed} computed"
@@ -129,7 +145,10 @@ def run_all(paths: Sequence[Path], out: Path, given: dict, *, strict: bool = Fal
         )
         if result.error:
             print(f"demem-lab: {path.name} failed in {result.error}; see {result.executed}", file=sys.stderr)
-    index = site.write(out / "index.html", results, title="demem_lab", intro=INTRO)
+    folder = paths[0].resolve().parent
+    if (folder / "images").is_dir():  # so that the executed notebooks show theirs
+        shutil.copytree(folder / "images", out / "images", dirs_exist_ok=True)
+    index = site.write(out / "index.html", results, title="Can a robust model keep a secret?", intro=INTRO, folder=folder)
     (out / "table.json").write_text(json.dumps([_plain(r) for r in results], indent=1))
     (out / "table.md").write_text(_table(results))
     seconds = sum(r.seconds for r in results)
@@ -179,6 +198,21 @@ def _pair(text: str) -> tuple[str, str]:
     if not sign or not name:
         _stop(f"parameters are given as name=value, got {text!r}")
     return name, value
+
+
+def _slowness() -> float:
+    from demem_lab import estimate  # torch takes seconds to import, and only a tour needs it here
+
+    return estimate.slowness()
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        _stop(f"{folder} cannot be written ({error.strerror}); give another folder with --out")
 
 
 def _refuse_bad(check) -> None:

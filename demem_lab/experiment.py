@@ -325,7 +325,10 @@ class Profile:
         self, *, dataset: str = "", subset: int = 0, model: str = "", models: int = 0, seeds: int = 0, epochs: float = 0,
         eps: float = 0, data_root: str = "", download: bool = False, device: str = "auto", progress: bool | None = None,
     ) -> Experiment:
-        """The experiment of this profile; what is given (not empty, not 0) takes the place of the profile's value."""
+        """The experiment of this profile; what is given (not empty, not 0) takes the place of the profile's value.
+
+        device "auto" is the CPU for digits, also where a GPU is, and else a GPU where there is one.
+        """
         chosen = replace(
             self, dataset=dataset or self.dataset, model=model or self.model, models=models or self.models,
             seeds=seeds or self.seeds, epochs=epochs or self.epochs, tuning_models=min(self.tuning_models, models or 64),
@@ -335,6 +338,8 @@ class Profile:
         architecture = choice("model", chosen.model, ("mlp", "cnn"))
         spec = MLP((self.width, self.width)) if architecture == "mlp" else SmallCNN()
         quiet = os.environ.get("DEMEM_HEADLESS") == "1"
+        if device == "auto" and loaded.name == "digits":
+            device = "cpu"  # a step on 8x8 images takes less time than telling a GPU to do it
         return Experiment(
             dataset=loaded, model=spec, eps=eps or loaded.eps, epochs=chosen.epochs,
             batch_size=min(self.batch_size, loaded.n // 4), lr=self.lr, models=chosen.models,

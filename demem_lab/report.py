@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from demem_lab import plots, site
+from demem_lab import pages, plots
 from demem_lab.leakage import Interval
 
 FORMAT = 1
@@ -130,7 +130,7 @@ def page(reports: Sequence[AuditReport]) -> str:
     """Several reports as one HTML page."""
     title = reports[0].name if len(reports) == 1 else f"{len(reports)} audits"
     body = "".join(_section(report, f"r{number}") for number, report in enumerate(reports))
-    return site.page(f"Audit: {title}", body)
+    return pages.page(f"Audit: {title}", body)
 
 
 def _interval(rate: Mapping[str, float]) -> Interval:
@@ -139,26 +139,26 @@ def _interval(rate: Mapping[str, float]) -> Interval:
 
 def _section(report: AuditReport, anchor: str) -> str:
     """The report in HTML, without the page around it."""
-    parts, obtained = [f"<h2>{site.escaped(report.name)}</h2>"], report.obtained
-    parts.append(site.paragraph(
+    parts, obtained = [f"<h2>{pages.escaped(report.name)}</h2>"], report.obtained
+    parts.append(pages.paragraph(
         f"{obtained['models']} model(s), {obtained['samples']:,} samples, {obtained['classes']} classes; {obtained['created']}."
     ))
-    parts.append(site.paragraph(report.summary()[0].upper() + report.summary()[1:]))
-    parts.append(site.paragraph(f"Guarantee: {report.guarantee}. {report.empirical.get('text', '')}"))
-    parts += [f"<p><strong>Note.</strong> {site.escaped(text)}</p>" for text in report.warnings]
+    parts.append(pages.paragraph(report.summary()[0].upper() + report.summary()[1:]))
+    parts.append(pages.paragraph(f"Guarantee: {report.guarantee}. {report.empirical.get('text', '')}"))
+    parts += [f"<p><strong>Note.</strong> {pages.escaped(text)}</p>" for text in report.warnings]
     use = {**report.utility, **{f"robust: {k}": v for k, v in report.robustness.items()}}
-    parts.append("<h3>Utility and robustness</h3>" + site.table(pd.DataFrame({"share": use})))
-    parts.append("<h3>Attacks</h3>" + site.table(report.to_frame().reset_index()) + site.paragraph(
+    parts.append("<h3>Utility and robustness</h3>" + pages.table(pd.DataFrame({"share": use})))
+    parts.append("<h3>Attacks</h3>" + pages.table(report.to_frame().reset_index()) + pages.paragraph(
         "The optimistic balanced accuracy chooses its threshold on the scores that it judges (Song & Mittal 2021); the next two "
         "columns choose it on the other half of the samples, once for all and once for each class."
     ))
     if report.canaries:
-        parts.append("<h3>Canaries</h3>" + site.table(pd.DataFrame({"value": report.canaries})))
+        parts.append("<h3>Canaries</h3>" + pages.table(pd.DataFrame({"value": report.canaries})))
     parts.append("<h3>Pictures</h3>")
-    parts += [site.figure(figure, f"{anchor}-{number}") for number, figure in enumerate(report.figures().values())]
+    parts += [pages.figure(figure, f"{anchor}-{number}") for number, figure in enumerate(report.figures().values())]
     if report.groups:
-        parts.append("<h3>By group</h3>" + site.table(pd.DataFrame(report.groups)))
+        parts.append("<h3>By group</h3>" + pages.table(pd.DataFrame(report.groups)))
     if report.skipped:
-        parts.append("<h3>Not done</h3>" + site.table(pd.DataFrame({"why": report.skipped})))
-    parts.append("<h3>How it was obtained</h3>" + site.table(pd.DataFrame({"value": {k: str(v) for k, v in obtained.items()}})))
+        parts.append("<h3>Not done</h3>" + pages.table(pd.DataFrame({"why": report.skipped})))
+    parts.append("<h3>How it was obtained</h3>" + pages.table(pd.DataFrame({"value": {k: str(v) for k, v in obtained.items()}})))
     return f'<section id="{anchor}">{"".join(parts)}</section>'

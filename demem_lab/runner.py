@@ -34,6 +34,7 @@ MEMORY_MB = 1500
 NOTEBOOK_MB = 2.0
 SECONDS = {"05": 240}
 DEFAULT_SECONDS = 120
+SLACK = 1.5  # half as much again before a tour fails: timings vary from run to run
 
 
 class ParameterError(ValueError):
@@ -149,6 +150,7 @@ class Result:
     computed: int  # results computed in this run
     reused: int  # results read from the store
     error: str = ""  # "cell 7: ValueError: ..." when a cell failed
+    slowness: float = 1.0  # how much longer than on the reference machine training steps took here just then
 
     @property
     def budget_seconds(self) -> int:
@@ -156,22 +158,30 @@ class Result:
 
     @property
     def over(self) -> list[str]:
-        """Budgets that make a tour fail: memory and size. Seconds depend on the machine and are only shown."""
+        """Budgets that make a tour fail: memory, size, and seconds beyond chance and the speed of the machine."""
+        allowed = SLACK * self.budget_seconds * max(1.0, self.slowness)
         found = [f"memory {self.peak_mb:.0f} MB > {MEMORY_MB} MB"] if self.peak_mb > MEMORY_MB else []
-        return found + ([f"size {self.size_mb:.1f} MB > {NOTEBOOK_MB} MB"] if self.size_mb > NOTEBOOK_MB else [])
+        found += [f"size {self.size_mb:.1f} MB > {NOTEBOOK_MB} MB"] if self.size_mb > NOTEBOOK_MB else []
+        if self.seconds > allowed:
+            found.append(
+                f"{self.seconds:.0f} s > {allowed:.0f} s ({SLACK:g} x {self.budget_seconds} s, on a machine that "
+                f"takes {max(1.0, self.slowness):.1f} times as long as the reference)"
+            )
+        return found
 
 
 def run(
     notebook: str | Path, out: str | Path, given: Mapping[str, Any] | None = None, *,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None, timeout: int = 0,
 ) -> Result:
     """Execute `notebook` into `out` with checked parameters. A failing cell is reported in the Result, not raised.
 
+    timeout: seconds that one cell may take, 0 for any number; a cell that takes longer counts as failed.
     The kernel is the Python that runs this, works in the notebook's own folder, and knows by DEMEM_HEADLESS=1 that
     nobody is watching. `say` gets a line of progress whenever a cell starts.
     """
     import papermill as pm
-    from nbclient.exceptions import DeadKernelError
+    from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
 
     notebook, out = Path(notebook), Path(out)
@@ -183,12 +193,15 @@ def run(
             pm.execute_notebook(
                 str(notebook), str(out), parameters=values, kernel_name=kernel, progress_bar=False, language="python",
                 cwd=str(notebook.resolve().parent), autosave_cell_every=0, request_save_on_cell_execute=True,
+                execution_timeout=timeout or None,
             )
         except PapermillExecutionError as failure:
             # the injected parameters and papermill's banner shift cells: exec_count is what the reader sees as [n]
             error = f"cell [{failure.exec_count}]: {failure.ename}: {failure.evalue}"
-        except DeadKernelError as failure:  # killed, most often for its memory
-            error = f"{failure}; after {memory.peak_mb:.0f} MB"
+        except RuntimeError as failure:  # DeadKernelError: killed, most often for its memory; or it never came up
+            error = f"{_cell(out)}{failure}; after {memory.peak_mb:.0f} MB"
+        except CellTimeoutError:
+            error = f"{_cell(out)}it took longer than {timeout} s"
         fresh = [line["fresh"] for line in accesses()]
     _strip_widget_state(out)
     return Result(
@@ -287,6 +300,12 @@ def _environment(**values: str):
     finally:
         for name, old in before.items():
             os.environ.pop(name) if old is None else os.environ.__setitem__(name, old)
+
+
+def _cell(executed: Path) -> str:
+    """'cell [7]: ' for the code cell that was started last; papermill's own status says "completed" for all in the end."""
+    cells = [c for c in nbformat.read(executed, as_version=4).cells if c.cell_type == "code"]
+    return f"cell [{sum(c.metadata.get('papermill', {}).get('start_time') is not None for c in cells)}]: "
 
 
 def _strip_widget_state(path: Path) -> None:

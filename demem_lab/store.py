@@ -21,11 +21,13 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +39,10 @@ from filelock import FileLock
 
 class StoreWarning(UserWarning):
     """An entry could not be read and will be computed again."""
+
+
+class StoreError(OSError):
+    """An entry could not be written, in one sentence: the disk is full or read-only. What was kept before is unharmed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +89,10 @@ class Store:
         self, kind: str, config: Any, arrays: Mapping[str, Any], meta: Mapping[str, Any] | None = None, *,
         modules: Sequence[str] = (), fresh: bool = True,
     ) -> Entry:
-        """Keep `arrays` (NumPy, or anything np.asarray takes) under their configuration."""
+        """Keep `arrays` (NumPy, or anything np.asarray takes) under their configuration. StoreError when they cannot be."""
         from safetensors.numpy import save
 
         place = self._place(kind, config, modules)
-        place.parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: np.ascontiguousarray(a).reshape(np.shape(a)) for name, a in arrays.items()}
         content = save(arrays)
         digest = hashlib.sha256(content).hexdigest()
@@ -97,8 +102,16 @@ class Store:
             **(meta or {}), "config": canonical(config), "kind": kind, "versions": _versions(), "created": time.time(),
             "data": data.name, "sha256": digest,
         }
-        _write(data, content)
-        _write(place.with_suffix(".json"), json.dumps(full).encode())
+        with self._writing():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            there = data.exists()
+            try:
+                _write(data, content)
+                _write(place.with_suffix(".json"), json.dumps(full).encode())
+            except BaseException:
+                if not there:  # nobody would ever read it, and a full disk needs the space
+                    data.unlink(missing_ok=True)
+                raise
         for old in place.parent.glob(f"{place.name}.*.safetensors"):
             if old != data:
                 old.unlink(missing_ok=True)
@@ -107,18 +120,22 @@ class Store:
     def compute(self, kind: str, config: Any, function: Callable[[], Any], *, modules: Sequence[str] = ()) -> Entry:
         """The kept entry, or function() -> arrays, or (arrays, meta), kept. Computed once, whoever else is asking."""
         place = self._place(kind, config, modules)
-        place.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         entry = self._read(place)
         if entry is None:
-            # an operating-system lock: a killed process gives it back
-            with FileLock(str(place) + ".lock"):
+            lock = FileLock(str(place) + ".lock")  # the operating system's: a killed process gives it back
+            with self._writing():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+            try:
                 entry = self._read(place)
                 if entry is None:
                     made = function()
                     arrays, meta = made if isinstance(made, tuple) else (made, {})
                     seconds = time.monotonic() - began
                     entry = self.put(kind, config, arrays, {"seconds": seconds, **meta}, modules=modules)
+            finally:
+                lock.release()
         _log(kind, place.name, entry.fresh, time.monotonic() - began)
         return entry
 
@@ -138,6 +155,22 @@ class Store:
                 size = entry.path.stat().st_size / 1e6
                 rows.append({"kind": file.parent.name, "key": file.stem, "MB": size, "created": entry.meta["created"]})
         return rows
+
+    def count(self, text: str = "") -> int:
+        """How many entries have `text` (a fingerprint, say) in their configuration; reads no arrays."""
+        return sum(text in file.read_text() for file in self.root.glob("*/*.json"))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What the disk refuses, in one sentence that names the folder and the fix."""
+        try:
+            yield
+        except OSError as error:
+            free = shutil.disk_usage(self.root).free / 1e6 if self.root.exists() else 0.0
+            raise StoreError(
+                f"a result could not be kept in {self.root} ({error.strerror or error}; {free:.0f} MB are free there); make room "
+                "or set DEMEM_STORE to another folder, and run again: what was kept before is unharmed and not computed anew"
+            ) from None
 
     def _place(self, kind: str, config: Any, modules: Sequence[str]) -> Path:
         return self.root / kind / self.key(kind, config, modules=modules)
@@ -210,11 +243,15 @@ def _versions() -> dict[str, str]:
 
 def _write(path: Path, content: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{os.getpid()}-{threading.get_ident()}-")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(name, path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def _log(kind: str, key: str, fresh: bool, seconds: float) -> None:

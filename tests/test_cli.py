@@ -56,6 +56,7 @@ def test_a_failing_cell_gives_status_1_and_the_rest_still_runs(tmp_path):
 def test_over_budget_fails_a_tour_and_is_only_said_otherwise(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "a.ipynb", "import time; time.sleep(1)")
     monkeypatch.setattr(runner, "MEMORY_MB", 1)
+    monkeypatch.setattr(cli, "_slowness", lambda: 1.0)
     assert cli.run_all([path], tmp_path / "out", {}, strict=True) == 1
     assert "over budget: a.ipynb: memory" in capsys.readouterr().err
     assert cli.run_all([path], tmp_path / "out", {}) == 0 and "over budget" in capsys.readouterr().err
@@ -66,6 +67,27 @@ def test_notebooks_by_number_and_unknown_ones(tmp_path):
     result = call("run", "77")
     assert result.exit_code == 2 and "no notebook '77'" in result.output
     assert call("run", tmp_path / "missing.ipynb").exit_code == 2
+
+
+def test_seconds_are_judged_at_the_speed_of_the_machine(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "a.ipynb", "import time; time.sleep(1)")
+    monkeypatch.setattr(runner, "DEFAULT_SECONDS", 0.5)
+    monkeypatch.setattr(cli, "_slowness", lambda: 1.0)
+    assert cli.run_all([path], tmp_path / "out", {}, strict=True) == 1 and " s > 1 s (" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "_slowness", lambda: 100.0)
+    assert cli.run_all([path], tmp_path / "out", {}, strict=True) == 0
+    assert json.loads((tmp_path / "out" / "table.json").read_text())[0]["slowness"] == 100
+
+
+def test_a_folder_that_cannot_be_written_is_said_first(tmp_path):
+    (tmp_path / "file").write_text("x")
+    result = call("run", write(tmp_path / "a.ipynb", "1"), "--out", tmp_path / "file" / "out")
+    assert result.exit_code == 2 and "--out" in result.output and "Traceback" not in result.output
+
+
+def test_a_cell_may_be_given_a_time_limit(tmp_path):
+    result = call("run", write(tmp_path / "a.ipynb", "import time; time.sleep(60)"), "--timeout", 1, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "longer than 1 s" in result.output
 
 
 def test_help_names_the_commands():

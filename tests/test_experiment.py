@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from demem_lab import data, risk
+from demem_lab import data, farm, risk
 from demem_lab.attacks import PGD, margin
 from demem_lab.experiment import PROFILES, best_rate, dp_rates, profile
 from demem_lab.mechanisms import DPSGD, Drop, SelectiveDP
@@ -130,3 +130,12 @@ def test_bad_profile_settings(setting, words):
         profile("smoke").experiment(**setting)
     with pytest.raises(ValueError, match="'smoke', 'lesson', 'full'"):
         profile("huge")
+
+
+def test_digits_stay_on_the_cpu_and_everything_else_follows_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert profile("lesson").experiment().device == "cpu"
+    assert profile("lesson").experiment(device="cuda").device == "cuda"
+    clothes = replace(data.load("digits", subset=300), name="fashion_mnist")
+    monkeypatch.setattr(data, "load", lambda *names, **settings: clothes)
+    assert farm.device(profile("full").experiment().device).type == "cuda"

@@ -40,6 +40,7 @@ leakage
 files
 risk
 experiment
+estimate
 comparison
 sweep
 results
@@ -49,6 +50,8 @@ views
 controls
 panels
 checks
+pages
+doctor
 runner
 site
 report
@@ -69,13 +72,16 @@ def names(requirements):
     return {re.split(r"[<>=!~\[ ;]", text)[0].lower().replace("_", "-"): text for text in requirements}
 
 
-@pytest.mark.parametrize("file", ["environment.yml", "binder/environment.yml"])
-def test_environments_are_in_step_with_pyproject(file):
+@pytest.mark.parametrize(("file", "extras"), [
+    ("environment.yml", sorted(set(PROJECT["optional-dependencies"]) - {"test"})),
+    ("binder/environment.yml", ["attacks"]),  # one core and 2 GB: nothing to spread work over
+])
+def test_environments_are_in_step_with_pyproject(file, extras):
     content = yaml.safe_load((ROOT / file).read_text())
     listed = []
     for entry in content["dependencies"]:
         listed += entry["pip"] if isinstance(entry, dict) else [entry]
-    wanted = names(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["attacks"])
+    wanted = names(PROJECT["dependencies"] + [r for extra in extras for r in PROJECT["optional-dependencies"][extra]])
     packages = [str(e).replace("pytorch", "torch") for e in listed if not str(e).startswith(("-", "python>", "python="))]
     assert sorted(p for p in packages if p != "pip") == sorted(wanted.values())
     python = next(str(e) for e in listed if str(e).startswith("python"))

@@ -145,9 +145,22 @@ def test_a_failing_cell_is_reported_and_the_rest_kept(tmp_path):
 
 
 def test_a_kernel_that_dies_is_reported_too(tmp_path):
-    source = notebook(tmp_path / "n.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    source = notebook(tmp_path / "n.ipynb", "print('before')", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "1")
     result = run(source, tmp_path / "out.ipynb")
-    assert "kernel" in result.error.lower()
+    assert result.error.startswith("cell [3]: Kernel died") and " MB" in result.error and printed(result.executed) == "before\n"
+
+
+def test_a_cell_that_hangs_is_stopped_when_asked(tmp_path):
+    source = notebook(tmp_path / "n.ipynb", "print('before')", "import time; time.sleep(60)", "print('after')")
+    result = run(source, tmp_path / "out.ipynb", timeout=1)
+    assert result.error == "cell [3]: it took longer than 1 s" and result.seconds < 30
+    assert printed(result.executed) == "before\n"
+
+
+def test_a_kernel_that_never_starts_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner.sys, "executable", "/bin/false")
+    result = run(notebook(tmp_path / "n.ipynb", "1"), tmp_path / "out.ipynb")
+    assert "ernel" in result.error and result.computed == 0
 
 
 def test_plain_papermill_works_too(tmp_path):
@@ -158,11 +171,15 @@ def test_plain_papermill_works_too(tmp_path):
     assert printed(out) == "8.0 a # b\n"
 
 
-@pytest.mark.parametrize(("peak", "size", "over"), [
-    (1499, 1.9, []), (1501, 1.9, ["memory 1501 MB > 1500 MB"]), (10, 2.1, ["size 2.1 MB > 2.0 MB"]),
+@pytest.mark.parametrize(("seconds", "peak", "size", "slowness", "over"), [
+    (359, 1499, 1.9, 1.0, []), (1, 1501, 1.9, 1.0, ["memory 1501 MB > 1500 MB"]), (1, 10, 2.1, 1.0, ["size 2.1 MB > 2.0 MB"]),
+    (361, 10, 1, 1.0, ["361 s > 360 s (1.5 x 240 s, on a machine that takes 1.0 times as long as the reference)"]),
+    (361, 10, 1, 0.5, ["361 s > 360 s (1.5 x 240 s, on a machine that takes 1.0 times as long as the reference)"]),
+    (719, 10, 1, 2.0, []),
+    (721, 10, 1, 2.0, ["721 s > 720 s (1.5 x 240 s, on a machine that takes 2.0 times as long as the reference)"]),
 ])
-def test_budgets_of_memory_and_size_fail_and_seconds_do_not(tmp_path, peak, size, over):
-    result = Result("05_x.ipynb", tmp_path, 9999.0, peak, "PSS", size, 0, 0)
+def test_budgets_of_memory_size_and_seconds(tmp_path, seconds, peak, size, slowness, over):
+    result = Result("05_x.ipynb", tmp_path, seconds, peak, "PSS", size, 0, 0, slowness=slowness)
     assert result.over == over and result.budget_seconds == 240
     assert Result("04_x.ipynb", tmp_path, 1.0, peak, "PSS", size, 0, 0).budget_seconds == 120
 

@@ -48,6 +48,70 @@ def page(tmp_path):
     return site.write(tmp_path / "deep" / "index.html", [first, second], title="The <title>", intro="Intro & all").read_text()
 
 
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001a5f645400000"
+    "000049454e44ae426082"
+)
+CLAIMS = """HOLDS: a leaks more than b (+3.0 points, 95 % interval +1.0 to +5.0, 3 seeds)
+NOT DECIDED: c < d (+0.1 points, 95 % interval -1.0 to +1.0, 3 seeds)
+"""
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A site of two notebooks with claims, a picture of a panel, and a glossary."""
+    (tmp_path / "notebooks" / "images").mkdir(parents=True)
+    (tmp_path / "notebooks" / "images" / "panel-02.png").write_bytes(PIXEL)
+    (tmp_path / "notebooks" / "images" / "binder.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (tmp_path / "notebooks" / "secret.txt").write_text("not a picture")
+    (tmp_path / "notebooks" / "glossary.md").write_text("# Words\n\n**eps**: the attack radius")
+    cells = [
+        nbformat.v4.new_markdown_cell(
+            "# Who <leaks>?\n\n[![Open](images/binder.svg)](https://x) ![](secret.txt) ![](no.png)\n\n"
+            "**Time:** 35 minutes, most of it yours."
+        ),
+        code("claims()", nbformat.v4.new_output("stream", name="stdout", text=CLAIMS)),
+        nbformat.v4.new_markdown_cell("## What was shown"),
+        code("end()", nbformat.v4.new_output("stream", name="stdout", text="members found: <40%> of those at risk\n")),
+        nbformat.v4.new_markdown_cell("**Shown:** everything."),
+    ]
+    last = nbformat.v4.new_markdown_cell("# Who?")
+    results = [notebook(tmp_path / "02_leak.ipynb", *cells), notebook(tmp_path / "03_risk.ipynb", last)]
+    page = site.write(tmp_path / "index.html", results, title="T", intro="I", folder=tmp_path / "notebooks")
+    return page.read_text()
+
+
+def test_the_front_page_answers_in_the_words_of_this_run(book):
+    front = book[: book.index("<section")]
+    assert "Of the 2 claims" in front and "1 hold, 0 are contradicted, and 1 are not decided" in front
+    assert "2 claims: 1 hold, 1 not decided" in front and "c &lt; d" in front
+    assert "Members found: &lt;40%&gt; of those at risk." in front and "Who &lt;leaks&gt;?" in front
+    assert '<td>35</td><td>12 (120)</td><td>345</td>' in front  # minutes, seconds, memory
+    for anchor in re.findall(r'href="#([^"]+)"', book):
+        assert f'id="{anchor}"' in book, anchor
+    assert 'href="#cell-02_leak-1"' in front
+
+
+def test_pictures_are_inside_and_nothing_else_is(book):
+    book = re.sub(r"<script>.*?</script>", "", book, flags=re.S)  # plotly has pictures of its own
+    assert book.count("data:image/png;base64,") == 1 and "data:image/svg+xml;base64," in book
+    assert "the live panel of notebook 02" in book and "notebook 03\"" not in book
+    assert 'src="secret.txt"' not in book and 'src="no.png"' not in book and "bm90IGEgcGljdHVyZQ" not in book  # in base64
+
+
+def test_the_glossary_is_the_last_chapter_when_there_is_one(book, page):
+    assert book.index('<section id="glossary">') > book.index('<section id="03_risk">') and "the attack radius" in book
+    assert "glossary" not in page.replace("</script>", "")[page.index("</style>"):][-20000:]
+
+
+def test_chapters_are_joined(book):
+    assert 'href="#03_risk">next: Who?' in book and 'href="#02_leak">before: Who &lt;leaks&gt;?' in book
+
+
+def test_a_run_without_claims_has_no_answers(page):
+    assert "What came out" not in page and "The live panels" not in page
+
+
 class Loads(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -69,7 +133,7 @@ def test_nothing_is_fetched(page):
 
 
 def test_figures_are_inside_once_with_their_data(page):
-    assert page.count("Plotly.newPlot(\"figure-") == 1 and "3.25" in page and page.count("<div id=\"figure-") == 1
+    assert page.count('<script type="application/json" id="figure-') == 1 == page.count('<div id="figure-') and "3.25" in page
     assert 'aria-label="A figure"' in page
     assert "</script><b>trap" not in page and "<\\/script><b>trap" in page
     assert 3_000_000 < len(page) < 8_000_000  # plotly's JavaScript, once
@@ -82,4 +146,5 @@ def test_text_tables_panels_and_headings(page):
 
 
 def test_a_failed_cell_is_shown_with_its_code_open(page):
-    assert "ValueError: planted" in page and "line 1" in page and "<details open>" in page and "failed: cell [2]" in page
+    assert "ValueError: planted" in page and "line 1" in page and "failed: cell [2]" in page
+    assert page.count('<details class="code-cell" open>') == 1

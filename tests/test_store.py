@@ -17,7 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from demem_lab.store import Store, StoreWarning, canonical, code_version
+from demem_lab import store as module
+from demem_lab.store import Store, StoreError, StoreWarning, canonical, code_version
 
 
 @dataclass(frozen=True)
@@ -292,3 +293,81 @@ def test_numpy_and_python_numbers_are_the_same_configuration():
 @pytest.mark.parametrize(("a", "b"), [({1: "x"}, {"1": "x"}), (1.5, {"float": "1.5"}), (A(), {"class": "A", "a": 1.0})])
 def test_look_alikes_are_told_apart(a, b):
     assert canonical(a) != canonical(b)
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock")
+
+
+def test_a_file_that_the_disk_refuses_leaves_nothing_and_loses_nothing(tmp_path):
+    """The operating system really refuses here: it limits the size of files as a full disk would."""
+    script = textwrap.dedent("""
+        import resource, sys, numpy as np
+        from demem_lab.store import Store, StoreError
+        store = Store(sys.argv[1])
+        store.put("k", 1, {"x": np.zeros(10)})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        for call in (lambda: store.put("k", 2, {"x": np.zeros(50_000)}),
+                     lambda: store.compute("k", 3, lambda: {"x": np.zeros(50_000)})):
+            try:
+                call()
+            except StoreError as error:
+                print(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(store.get("k", 1).arrays["x"].sum(), store.compute("k", 3, lambda: {"x": np.zeros(50_000)}).fresh)
+    """)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    *sentences, last = done.stdout.splitlines()
+    assert len(sentences) == 2 and last == "0.0 True"
+    for sentence in sentences:
+        assert str(tmp_path) in sentence and "DEMEM_STORE" in sentence and "MB are free" in sentence
+    assert len(files(tmp_path)) == 4  # two whole entries: no temporary file, no data without its JSON
+
+
+@pytest.mark.parametrize("refused", [".json", ".safetensors"])
+def test_a_full_disk_leaves_no_half_entry_and_keeps_the_old_one(store, monkeypatch, refused):
+    store.put("k", 1, {"x": np.zeros(3)})
+    before, replace = files(store.root), os.replace
+
+    def full(source, target):
+        if str(target).endswith(refused):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(module.os, "replace", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        store.put("k", 2, {"x": np.ones(3)})
+    with pytest.raises(StoreError):
+        store.put("k", 1, {"x": np.ones(3)})
+    assert files(store.root) == before and store.get("k", 1).arrays["x"].sum() == 0
+    if refused == ".json":
+        with pytest.raises(StoreError):  # the same content as before: its data file belongs to the entry that stays
+            store.put("k", 1, {"x": np.zeros(3)})
+        assert files(store.root) == before
+
+
+def test_a_lock_is_given_back_when_the_disk_refuses(store, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write", full)
+        with pytest.raises(StoreError):
+            store.compute("k", 1, lambda: {"x": np.zeros(3)})
+    assert store.compute("k", 1, lambda: {"x": np.zeros(3)}).fresh
+
+
+def test_an_error_of_the_computation_is_not_blamed_on_the_disk(store):
+    def broken():
+        raise FileNotFoundError("my own file")
+
+    with pytest.raises(FileNotFoundError, match="my own file"):
+        store.compute("k", 1, broken)
+
+
+def test_entries_are_counted_by_what_they_were_computed_from(store):
+    for number in range(3):
+        store.put("k", {"data": "abc", "n": number}, {"x": np.zeros(1)})
+    store.put("other", {"data": "xyz"}, {"x": np.zeros(1)})
+    assert (store.count("abc"), store.count("xyz"), store.count("none"), store.count()) == (3, 1, 0, 4)

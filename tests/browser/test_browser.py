@@ -89,6 +89,7 @@ def test_the_report_needs_no_network_and_shows_every_figure(tmp_path):
         figures = page.locator("div[id^=figure-]")
         assert figures.count() >= 2
         for i in range(figures.count()):
+            figures.nth(i).scroll_into_view_if_needed()  # it is drawn when it comes near
             figures.nth(i).locator(".main-svg").first.wait_for(timeout=20_000)
         last = figures.nth(figures.count() - 1)
         last.scroll_into_view_if_needed()
