@@ -85,3 +85,59 @@ def test_an_exercise_without_its_solution_is_refused():
     cells = [{"source": ["### Exercise 1"]}, {"source": ["def gap(a):\n", "    pass\n", "_ = checks.check_gap(gap)"]}]
     with pytest.raises(ValueError, match="'gap' must fold exactly one solution"):
         lessons.refreshed({"cells": cells})
+
+
+PAGES = [PATHS[0].with_name("glossary.md"), PATHS[0].with_name("teaching.md"), *PATHS]
+
+
+def prose_of(path):
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    return "\n".join("".join(c["source"]) for c in NOTEBOOKS[path.stem]["cells"] if c["cell_type"] == "markdown")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files_and_sections_that_are_there(path):
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", prose_of(path)):
+        file, _, section = target.partition("#")
+        place = path.parent / file
+        assert place.is_file(), f"{path.name}: {target}"
+        if section:
+            titles = re.findall(r"^#+ (.+)$", place.read_text(encoding="utf-8"), re.M)
+            assert section in {title.lower().replace(" ", "-") for title in titles}, target
+
+
+def test_the_teachers_page_points_at_exercises_and_headings_that_are_there():
+    text = prose_of(PAGES[1])
+    names = {name for notebook in NOTEBOOKS.values() for *_, name in lessons.exercises(notebook["cells"])}
+    rows = re.findall(r"^\| \d, \d+ minutes \|(.+)\|$", text, re.M)
+    mentioned = {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"noise_multiplier"}
+    assert len(rows) == 4 and mentioned and mentioned <= names
+    headings = "\n".join(line for path in PATHS for line in prose_of(path).splitlines() if line.startswith("#"))
+    for pointer in re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", text):
+        assert pointer in headings, pointer
+
+
+def test_the_two_epsilons_are_kept_apart():
+    """The radius is never called epsilon, in prose or code."""
+    glossary = prose_of(PAGES[0])
+    assert "attack radius" in glossary and "privacy budget" in glossary
+    assert glossary.index("attack radius") < glossary.index("## Robustness")
+    wrong = re.compile(r"radius `?epsilon|epsilon`? (?:is|=) ?(?:the )?(?:attack )?radius|epsilon.ball", re.I)
+    for path in PAGES:
+        assert not wrong.search(prose_of(path)), path.name
+
+
+def test_pages_are_reachable():
+    front = (PATHS[0].parents[1] / "README.md").read_text(encoding="utf-8")
+    for page in PAGES[:2]:
+        assert f"notebooks/{page.name}" in front and f"({page.name})" in prose_of(PATHS[0])
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_prose_is_no_wall_of_text(path):
+    for cell in NOTEBOOKS[path.stem]["cells"]:
+        if cell["cell_type"] == "markdown":
+            for paragraph in "".join(cell["source"]).split("\n\n"):
+                if not paragraph.startswith(("|", "[![", "```")):
+                    assert len(paragraph) <= 900, (cell["id"], len(paragraph))
