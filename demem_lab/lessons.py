@@ -9,7 +9,7 @@ the stub's `def` and the solution's code are rewritten; prose, imports and cell 
 
 >>> print(stub(solutions.cost))
 def cost(attack_steps):
-    \"\"\"Passes an image that one step of PGD training costs; each forward and each backward is one.\"\"\"
+    \"\"\"Passes an image that a step of PGD training costs; a forward or a backward is one.\"\"\"
     raise NotImplementedError
 """
 

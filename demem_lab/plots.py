@@ -138,9 +138,12 @@ def frontier(
 
 def two_measures(
     rows: Mapping[str, tuple[float, float]], *, flattering: str, honest: str, axis: str = "", percent: bool = True,
-    log: bool = False, title: str = "",
+    reference: float | None = None, title: str = "",
 ) -> go.Figure:
-    """The same results under a flattering and an honest measure: two marks and the line between them for each row."""
+    """The same results under a flattering and an honest measure: two marks and the line between them for each row.
+
+    `reference` draws a line, for instance where guessing is.
+    """
     scale = 100 if percent else 1
     figure = go.Figure()
     pairs = [[scale * value for value in pair] for pair in rows.values()]
@@ -152,8 +155,10 @@ def two_measures(
             marker={"size": 12, "color": COLORS[1 - number], "symbol": symbol(1 - number)},
             hovertemplate=f"%{{y}}<br>{name}: %{{x:.3g}}<extra></extra>",
         )
+    if reference is not None:
+        figure.add_vline(x=scale * reference, line={"color": GREY, "dash": "dot"})
     figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_xaxes(title=axis, type="log" if log else None)
+    figure.update_xaxes(title=axis)
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
     return styled(figure, title=title, height=190 + 34 * len(rows)).update_layout(margin={"t": 90})
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 
 def gap(right, member):
-    """right, member: bool [models, images]. Mean over models of accuracy on members minus on the others."""
+    """bool [models, images] twice. Mean over models: accuracy on members minus on others."""
     return np.mean([r[m].mean() - r[~m].mean() for r, m in zip(right, member, strict=True)])
 
 
@@ -39,12 +39,12 @@ def project(z, x, eps):
 
 
 def robust(clean_right, attack_right):
-    """bool [N] and [attacks, N]. The share of images right as they are and after every attack."""
+    """bool [N], [attacks, N]. Share of images right as they are and after every attack."""
     return (clean_right & attack_right.all(0)).mean()
 
 
 def tpr_at_fpr(scores, member, fpr):
-    """scores [N], member bool [N]. Share of members above a threshold that at most fpr of the others exceed."""
+    """scores, member [N]. Members above a threshold that at most fpr of the others exceed."""
     outside = np.sort(scores[~member])[::-1]
     allowed = int(fpr * len(outside) + 1e-9)
     if allowed >= len(outside):
@@ -53,25 +53,26 @@ def tpr_at_fpr(scores, member, fpr):
 
 
 def log_ratio(value, signals_in, signals_out):
-    """Log density of value under the normal of signals_in, minus that under signals_out (ddof=0)."""
+    """Log density of value by the normal of signals_in, minus by signals_out (ddof=0)."""
     a, b = np.asarray(signals_in), np.asarray(signals_out)
-    return stats.norm.logpdf(value, a.mean(), a.std()) - stats.norm.logpdf(value, b.mean(), b.std())
+    log_in = stats.norm.logpdf(value, a.mean(), a.std())
+    return log_in - stats.norm.logpdf(value, b.mean(), b.std())
 
 
 def shadow_split(members, target, image):
-    """members bool [M, N]. Two bool [M]: the references that trained on image, and those that did not."""
+    """members bool [M, N]. Two bool [M]: references with the image, references without."""
     reference = ~(members == ~members[target]).all(1)  # the twin had exactly the other half
     reference[target] = False
     return reference & members[:, image], reference & ~members[:, image]
 
 
 def memorization(p, member):
-    """p, member [models, N]. Mean over the models with the sample minus mean over those without it, [N]."""
+    """p, member [models, N]. Mean over models with the sample minus over those without."""
     return (p * member).sum(0) / member.sum(0) - (p * ~member).sum(0) / (~member).sum(0)
 
 
 def top(score, fraction):
-    """score [N]. bool [N]: the round(fraction * N) riskiest; among equal scores the lower index first."""
+    """score [N]. bool [N]: the round(fraction * N) riskiest; ties: the lower index first."""
     mask = np.zeros(len(score), dtype=bool)
     mask[np.argsort(-score, kind="stable")[: round(fraction * len(score))]] = True
     return mask
@@ -84,16 +85,17 @@ def clip(gradients, max_grad_norm):
 
 
 def noisy_mean(clipped, noise_multiplier, max_grad_norm, expected_batch_size, rng):
-    """clipped [B, P], B may be 0. (sum + Gaussian noise) / expected size, [P]; rng: a torch.Generator."""
+    """clipped [B, P], B may be 0. (sum + Gaussian noise drawn from rng) / expected size."""
     noise = noise_multiplier * max_grad_norm * torch.randn(clipped.shape[1], generator=rng)
     return (clipped.sum(0) + noise) / expected_batch_size
 
 
 def selective(gradients, protected, noise_multiplier, max_grad_norm, expected_batch_size, rng):
-    """gradients [B, P], protected bool [B]. The same, but only the protected rows are clipped."""
+    """gradients [B, P], protected bool [B]. One update [P]; only the protected are clipped."""
     factor = max_grad_norm / gradients.norm(dim=1).clamp_min(max_grad_norm)
     factor = torch.where(protected, factor, torch.ones_like(factor))
-    noise = noise_multiplier * max_grad_norm * torch.randn(gradients.shape[1], generator=rng)
+    standard = torch.randn(gradients.shape[1], generator=rng)
+    noise = noise_multiplier * max_grad_norm * standard
     return ((gradients * factor[:, None]).sum(0) + noise) / expected_batch_size
 
 
@@ -103,14 +105,14 @@ def loss_variance(losses, lam):
 
 
 def until(score, power):
-    """score [N]. 1 - rank ** power; rank from 0 (lowest score) to 1 (highest), ties by index."""
+    """score [N]. 1 - rank ** power; rank 0 (lowest score) to 1 (highest), ties by index."""
     rank = np.empty(len(score))
     rank[np.argsort(score, kind="stable")] = np.arange(len(score)) / (len(score) - 1)
     return 1 - rank**power
 
 
 def n_fgsm(net, x, y, eps, noise):
-    """x + noise + eps * sign(gradient there), inside [0, 1], not projected to the ball around x."""
+    """x + noise + eps * sign(gradient there), inside [0, 1], not projected to the ball."""
     z = (x + noise).requires_grad_()
     loss = F.cross_entropy(net(z), y, reduction="sum")
     (slope,) = torch.autograd.grad(loss, z)
@@ -118,13 +120,13 @@ def n_fgsm(net, x, y, eps, noise):
 
 
 def modified_entropy(p, y):
-    """p [K], y the right class. -(1 - p_y) log p_y - sum over k != y of p_k log(1 - p_k)."""
+    """p [K], y the class. -(1 - p_y) log p_y - sum over k != y of p_k log(1 - p_k)."""
     others = np.arange(len(p)) != y
     return -(1 - p[y]) * np.log(p[y]) - (p[others] * np.log(1 - p[others])).sum()
 
 
 def held_out(scores, member, new_scores, new_member):
-    """Balanced accuracy on the new pair of "member if score >= threshold", chosen on the first pair."""
+    """Balanced accuracy on the new pair, of the threshold that is best on the first pair."""
 
     def accuracy(cut, s, m):
         return ((s[m] >= cut).mean() + (s[~m] < cut).mean()) / 2
@@ -135,7 +137,7 @@ def held_out(scores, member, new_scores, new_member):
 
 
 def cost(attack_steps):
-    """Passes an image that one step of PGD training costs; each forward and each backward is one."""
+    """Passes an image that a step of PGD training costs; a forward or a backward is one."""
     return 2 * attack_steps + 3
 
 

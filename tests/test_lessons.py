@@ -63,6 +63,12 @@ def test_a_stub_is_signature_and_task():
     assert found.count('"""') == 2 and found.endswith("    raise NotImplementedError") and "accuracy(cut" not in found
 
 
+def test_code_in_the_notebooks_is_not_cut_off():
+    """JupyterLab shows about 95 columns at 1280 pixels."""
+    for check in checks.EXERCISES.values():
+        assert max(map(len, lessons.shown(check.solution).splitlines())) <= 95, check.name
+
+
 def test_what_is_shown_brings_its_imports():
     assert lessons.shown(solutions.interval).startswith("import numpy as np\nfrom scipy import stats\n\n\ndef interval(")
     assert lessons.shown(solutions.cost).startswith("def cost(")
