@@ -136,6 +136,33 @@ def frontier(
     return styled(figure, title=title, height=480)
 
 
+def two_measures(
+    rows: Mapping[str, tuple[float, float]], *, flattering: str, honest: str, axis: str = "", percent: bool = True,
+    reference: float | None = None, title: str = "",
+) -> go.Figure:
+    """The same results under a flattering and an honest measure: two marks and the line between them for each row.
+
+    `reference` draws a line, for instance where guessing is.
+    """
+    scale = 100 if percent else 1
+    figure = go.Figure()
+    pairs = [[scale * value for value in pair] for pair in rows.values()]
+    between = {"x": [v for pair in pairs for v in (*pair, None)], "y": [n for name in rows for n in (name, name, None)]}
+    figure.add_scatter(**between, mode="lines", line={"color": GREY, "width": 3}, showlegend=False, hoverinfo="skip")
+    for number, name in enumerate((flattering, honest)):
+        figure.add_scatter(
+            x=[pair[number] for pair in pairs], y=list(rows), mode="markers", name=name,
+            marker={"size": 12, "color": COLORS[1 - number], "symbol": symbol(1 - number)},
+            hovertemplate=f"%{{y}}<br>{name}: %{{x:.3g}}<extra></extra>",
+        )
+    if reference is not None:
+        figure.add_vline(x=scale * reference, line={"color": GREY, "dash": "dot"})
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(title=axis)
+    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    return styled(figure, title=title, height=190 + 34 * len(rows)).update_layout(margin={"t": 90})
+
+
 def histogram(values: np.ndarray, *, threshold: float | None = None, axis: str = "", title: str = "") -> go.Figure:
     """How many samples have which value; everything at or right of `threshold` is marked."""
     counts, edges = np.histogram(values, bins=50)

@@ -49,7 +49,11 @@ plots
 views
 controls
 panels
+grading
+solutions
+mistakes
 checks
+lessons
 pages
 doctor
 runner

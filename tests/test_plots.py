@@ -36,6 +36,15 @@ def test_forest_draws_means_and_both_sides_of_the_interval():
     assert figure.layout.shapes[0].x0 == 20
 
 
+def test_two_measures_are_two_marks_and_a_line_for_each_row():
+    figure = plots.two_measures({"a": (0.9, 0.1), "b": (0.4, 0.5)}, flattering="mean", honest="worst", reference=0.2)
+    lines, flattering, honest = figure.data
+    assert list(lines.x) == [90, 10, None, 40, 50, None] and list(lines.y) == ["a", "a", None, "b", "b", None]
+    assert (flattering.name, list(flattering.x)) == ("mean", [90, 40]) and (honest.name, list(honest.x)) == ("worst", [10, 50])
+    assert figure.layout.shapes[0].x0 == 20
+    assert flattering.marker.symbol != honest.marker.symbol and list(honest.y) == ["a", "b"]
+
+
 def test_arms_groups_and_frontier_show_the_reports_means(report):
     figure = plots.arms(report, ["robust", "leak"])
     assert list(figure.data[1].x) == [100 * report.mean(a, "leak") for a in report.arms]
