@@ -55,7 +55,7 @@ def plain_lira(signal: np.ndarray, member: np.ndarray, target: int) -> np.ndarra
     s, m = signal[keep], member[keep]
     inside, outside = np.where(m, s, np.nan), np.where(m, np.nan, s)
     mean_in, mean_out = np.nanmean(inside, 0), np.nanmean(outside, 0)
-    var_in, var_out = np.nanvar(inside, 0) + 1e-6, np.nanvar(outside, 0) + 1e-6
+    var_in, var_out = (np.maximum(np.nanvar(side, 0), 1e-6) for side in (inside, outside))
     x = signal[target]
     return -((x - mean_in) ** 2) / (2 * var_in) - np.log(var_in) / 2 + (x - mean_out) ** 2 / (2 * var_out) + np.log(var_out) / 2
 

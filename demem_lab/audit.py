@@ -21,9 +21,9 @@ import numpy as np
 
 from demem_lab import __version__
 from demem_lab.empirical import one_run_bound
-from demem_lab.files import Outputs, outputs_from_arrays
 from demem_lab.leakage import MIN_FALSE_POSITIVES, by_group, canaries, evaluate, held_out_accuracy
 from demem_lab.membership import by_class, lira, rmia, twins
+from demem_lab.outputs import Outputs, outputs_from_arrays
 from demem_lab.report import AuditReport
 from demem_lab.risk import deciles, memorization
 from demem_lab.signals import SIGNALS, confidence, label_robustness, logit_margin

@@ -26,10 +26,20 @@ VARIANCE_FLOOR = 1e-6
 
 
 def twins(member: np.ndarray) -> np.ndarray:
-    """int [M]: the row that is the exact complement of each row, -1 where there is none."""
+    """int [M]: the row that is the exact complement of each row, -1 where there is none.
+
+    Twins come in pairs: where several rows are alike, each has one twin at most, and is the twin of that one.
+    """
     member = np.asarray(member, dtype=bool)
-    rows = {row.tobytes(): m for m, row in enumerate(member)}
-    return np.array([rows.get((~row).tobytes(), -1) for row in member])
+    found, waiting = np.full(len(member), -1), {}
+    for m, row in enumerate(member):
+        same = waiting.get((~row).tobytes())
+        if same:
+            found[m] = same.pop(0)
+            found[found[m]] = m
+        else:
+            waiting.setdefault(row.tobytes(), []).append(m)
+    return found
 
 
 def lira(
@@ -158,18 +168,29 @@ class _Moments:
 
 
 def _moments(signal: np.ndarray, who: np.ndarray, other: np.ndarray) -> _Moments:
-    """Moments of the references in `who`, for every target, from sums over all models less target and twin."""
-    center = signal.mean(0)  # sums of squares lose less precision around it
-    x, w = signal - center, who.astype(np.float64)
-    sums = []
-    for power in (w, w * x, w * x * x):
-        rest = power.sum(0) - power
-        has = other >= 0
-        rest[has] -= power[other[has]]
-        sums.append(rest)
-    count, first, second = sums
-    mean = first / np.maximum(count, 1)
-    return _Moments(count, mean + center, np.maximum(second - count * mean**2, 0))
+    """Moments of the references in `who`, for every target: of all models before it and all after it, joined.
+
+    Nothing is subtracted from a total, so one model with huge outputs spoils no reference but its own (Chan et al. 1979).
+    """
+    blocks = [[m] if t < 0 else [m, t] for m, t in enumerate(other) if t < 0 or m < t]
+    found = tuple(np.zeros(signal.shape) for _ in range(3))
+    for order in (blocks, blocks[::-1]):
+        seen = tuple(np.zeros(signal.shape[1]) for _ in range(3))
+        for block in order:
+            for m in block:
+                for row, value in zip(found, _joined(tuple(row[m] for row in found), seen), strict=True):
+                    row[m] = value
+            for m in block:
+                seen = _joined(seen, (who[m].astype(np.float64), np.where(who[m], signal[m], 0), np.zeros(signal.shape[1])))
+    return _Moments(*found)
+
+
+def _joined(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """(count, mean, sum of squared deviations) of two sets together."""
+    (n, mean, squares), (k, its_mean, its_squares) = a, b
+    total = n + k
+    share, gap = k / np.maximum(total, 1), its_mean - mean
+    return total, mean + gap * share, squares + its_squares + gap * gap * n * share
 
 
 def _variances(m: _Moments, kind: str) -> np.ndarray:

@@ -37,6 +37,7 @@ canaries
 signals
 membership
 leakage
+outputs
 files
 risk
 experiment
