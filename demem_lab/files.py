@@ -13,6 +13,7 @@ import io
 import os
 import struct
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,8 @@ from demem_lab.outputs import KNOWN, Outputs, listed, outputs_from_arrays
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 LONGEST_HEADER = 10_000  # bytes; NumPy's own limit, checked before the header is read
 DAMAGE = (
-    zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, OverflowError,
+    zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError, OSError, EOFError, ValueError, KeyError,
+    TypeError, RuntimeError, OverflowError,
 )  # what NumPy and zipfile raise over damaged files; NotImplementedError (an unknown compression) is a RuntimeError
 
 
@@ -94,7 +96,7 @@ def _is_pickle(path: Path) -> bool:
         # a safetensors file begins with the length of its header, which can have that byte too; then comes the header, in JSON
         return path.suffix.lower() != ".safetensors" or first[8:] != b"{"
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+        with _readable(path, "an archive"), zipfile.ZipFile(path) as archive:
             return any(name.endswith(".pkl") for name in archive.namelist())
     return False
 
@@ -114,7 +116,7 @@ def _npys(paths: Sequence[Path]) -> dict[str, np.ndarray]:
             f"{files[0].name} holds one array, and its name does not say which; give member_logits.npy, member_labels.npy, ... "
             "together, or their folder"
         )
-    with _readable(files[0], ".npy"):
+    with _readable(files[0], "an .npy file"):
         needed = 0
         for file in files:
             with file.open("rb") as opened:
@@ -124,7 +126,7 @@ def _npys(paths: Sequence[Path]) -> dict[str, np.ndarray]:
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
-    with _readable(path, ".npz"), zipfile.ZipFile(path) as archive:
+    with _readable(path, "an .npz file"), zipfile.ZipFile(path) as archive:
         # only what has a meaning is unpacked: a name that nobody asked for could be a bomb
         names = {name.removesuffix(".npy"): name for name in archive.namelist()}
         wanted = {short: name for short, name in names.items() if short in KNOWN and name != short}
@@ -199,12 +201,13 @@ def _csv(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path.name} has a header and no rows; write a row for each sample")
     if not frame["member"].isin((0, 1)).all():
         raise ValueError(f"the column member of {path.name} must hold only 0 and 1")
-    if frame["label"].dtype.kind not in "iuf":
-        raise ValueError(f"the column label of {path.name} must hold class numbers, found such as {listed(frame['label'][:3])}")
+    words = frame["label"][pd.to_numeric(frame["label"], errors="coerce").isna()]
+    if len(words):
+        raise ValueError(f"the column label of {path.name} must hold class numbers from 0, found {listed(words, most=3)}")
     arrays = {}
     for side, flag in (("member", 1), ("nonmember", 0)):
         part = frame[frame["member"] == flag]
-        arrays[f"{side}_labels"] = part["label"].to_numpy()
+        arrays[f"{side}_labels"] = pd.to_numeric(part["label"]).to_numpy(dtype=np.float64)
         if "id" in frame:
             arrays[f"{side}_ids"] = part["id"].astype(str).to_numpy(dtype=str)
         for kind, name in (("logit", "logits"), ("prob", "probs"), ("adv_logit", "adv_logits"), ("adv_prob", "adv_probs")):

@@ -136,7 +136,8 @@ def by_class(signal: np.ndarray, y: np.ndarray, member: np.ndarray) -> np.ndarra
             size = len(everyone) - sum(map(len, left_out))
             if size < 1:
                 raise ValueError(f"class {label} has no out-reference for model {m}; train more models, or merge classes")
-            out[m, at] = (_midrank(everyone, x) - sum(_midrank(part, x) for part in left_out)) / size
+            order = np.argsort(x)  # neighbours in order are neighbours in memory: several times faster
+            out[m, at[order]] = (_midrank(everyone, x[order]) - sum(_midrank(part, x[order]) for part in left_out)) / size
     return out
 
 
@@ -224,7 +225,4 @@ def _array(x) -> np.ndarray:
 
 def _midrank(ordered: np.ndarray, x: np.ndarray) -> np.ndarray:
     """How many of `ordered` lie below x, ties counted half."""
-    order = np.argsort(x)  # neighbours in order are neighbours in memory: several times faster
-    x, out = x[order], np.empty(len(x))
-    out[order] = (np.searchsorted(ordered, x, side="left") + np.searchsorted(ordered, x, side="right")) / 2
-    return out
+    return (np.searchsorted(ordered, x, side="left") + np.searchsorted(ordered, x, side="right")) / 2

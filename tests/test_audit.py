@@ -126,7 +126,7 @@ def test_saved_loaded_and_shown(tmp_path):
     assert report.canaries["canaries"] == 200 and "best of" in report.summary()
     frame = report.to_frame()
     assert (
-        frame.loc[("lira_online", "combined"), "TPR at 10.0% FPR"]
+        frame.loc[("lira_online", "combined"), "TPR at 10 % FPR"]
         == report.attacks["lira_online"]["combined"]["tpr_at_fpr"]["0.1"]["estimate"]
     )
     assert "2 audits" in page([report, report])

@@ -59,6 +59,7 @@ pages
 doctor
 runner
 site
+subject
 report
 audit
 cli
