@@ -23,6 +23,7 @@ from demem_lab.validate import choice, finite
 
 PRIOR_DEGREES = 8.0  # how many observations the pooled variance counts for in the shrunk variance
 VARIANCE_FLOOR = 1e-6
+ROUNDING = 1e-12
 
 
 def twins(member: np.ndarray) -> np.ndarray:
@@ -110,8 +111,10 @@ def rmia(
     population = np.asarray(population, dtype=bool)
     if population.shape != (p.shape[1],) or not population.any():
         raise ValueError(f"the population must be bool [{p.shape[1]}] and not empty, got shape {list(population.shape)}")
-    # LR(x, z) = ratio(x) / ratio(z) >= gamma, counted by sorting instead of comparing all pairs
-    count = [np.searchsorted(np.sort(r[population]), r / max(gamma, 1e-300), side="right") for r in ratio]
+    # LR(x, z) = ratio(x) / ratio(z) >= gamma, counted by sorting instead of comparing all pairs; equal ratios stay equal
+    # though their references were averaged in another order
+    reached = ratio / max(gamma, 1e-300) * (1 + ROUNDING)
+    count = [np.searchsorted(np.sort(r[population]), x, side="right") for r, x in zip(ratio, reached, strict=True)]
     return np.array(count) / population.sum()
 
 
