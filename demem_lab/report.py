@@ -174,12 +174,14 @@ def _section(report: AuditReport, anchor: str) -> str:
     use = {**report.utility, **{f"robust: {k}": v for k, v in report.robustness.items()}}
     parts.append("<h3>Utility and robustness</h3>" + site.table(pd.DataFrame({"share": use})))
     parts.append("<h3>Attacks</h3>" + site.table(_attacks(report)) + site.paragraph(
-        "Members found, with 95 % intervals. The optimistic balanced accuracy chooses its threshold on the scores that it judges "
-        "(Song & Mittal 2021); the next two columns choose it on the other half of the samples, once for all and once for each "
+        "Members found (TPR), with 95 % intervals. The optimistic balanced accuracy chooses its threshold on the scores that it "
+        "judges (Song & Mittal 2021); the next two columns choose it on the other half of the samples, once for all and once for each "
         f"class. Precision: the share of members among those accused, if {_percent(obtained['prior'])} of all asked about are."
     ))
     if report.canaries:
-        parts.append("<h3>Canaries</h3>" + pages.table(pd.DataFrame({"value": report.canaries})))
+        parts.append("<h3>Canaries</h3>" + site.table(pd.DataFrame({"value": {
+            what: f"{value:,}" if isinstance(value, int) else "-" if value is None else f"{value:.3f}" for what, value in report.canaries.items()
+        }})))
     parts.append("<h3>Pictures</h3>")
     parts += [pages.figure(figure, f"{anchor}-{number}") for number, figure in enumerate(report.figures().values())]
     if report.groups:
@@ -205,13 +207,11 @@ def _reliably(found: Mapping) -> str:
 
 
 def _attacks(report: AuditReport) -> pd.DataFrame:
-    """The table for reading: rates with their limits in one cell."""
+    """The table for reading: rates with their limits in one cell, which does not break."""
     frame, finest = report.to_frame(), f"{_percent(report.headline[2])} FPR"
     shown = frame.iloc[:, :4].copy()
     for column in [c for c in frame.columns if c.startswith("TPR at ")]:
-        low, high = (frame[column.replace("TPR", side, 1)] for side in ("low", "high"))
-        shown[column] = [
-            "-" if pd.isna(t) else f"{t:.3f} ({a:.3f} to {b:.3f})" for t, a, b in zip(frame[column], low, high, strict=True)
-        ]
+        sides = (100 * frame[column.replace("TPR", side, 1)] for side in ("TPR", "low", "high"))
+        shown[f"{column}, %"] = [f"{t:.1f}\xa0({a:.1f}\u2013{b:.1f})" for t, a, b in zip(*sides, strict=True)]
     shown[f"precision at {finest}"] = frame[f"precision at {finest}"]
     return shown.reset_index()
