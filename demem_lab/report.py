@@ -166,28 +166,28 @@ def _section(report: AuditReport, anchor: str) -> str:
     parts.append(pages.paragraph(
         f"{obtained['models']} model(s), {obtained['samples']:,} samples, {obtained['classes']} classes; {obtained['created']}."
     ))
-    parts.append(site.paragraph(report.summary()[0].upper() + report.summary()[1:]))
+    parts.append(pages.paragraph(report.summary()[0].upper() + report.summary()[1:]))
     if report.reliable:
-        parts.append(site.paragraph(_reliably(report.reliable)))
-    parts.append(site.paragraph(f"Guarantee: {report.guarantee}. {report.empirical.get('text', '')}"))
-    parts += [f"<p><strong>Note.</strong> {site.escaped(text)}</p>" for text in report.warnings]
+        parts.append(pages.paragraph(_reliably(report.reliable)))
+    parts.append(pages.paragraph(f"Guarantee: {report.guarantee}. {report.empirical.get('text', '')}"))
+    parts += [f"<p><strong>Note.</strong> {pages.escaped(text)}</p>" for text in report.warnings]
     use = {**report.utility, **{f"robust: {k}": v for k, v in report.robustness.items()}}
-    parts.append("<h3>Utility and robustness</h3>" + site.table(pd.DataFrame({"share": use})))
-    parts.append("<h3>Attacks</h3>" + site.table(_attacks(report)) + site.paragraph(
+    parts.append("<h3>Utility and robustness</h3>" + pages.table(pd.DataFrame({"share": use})))
+    parts.append("<h3>Attacks</h3>" + pages.table(_attacks(report)) + pages.paragraph(
         "Members found (TPR), with 95 % intervals. The optimistic balanced accuracy chooses its threshold on the scores that it "
-        "judges (Song & Mittal 2021); the next two columns choose it on the other half of the samples, once for all and once for each "
-        f"class. Precision: the share of members among those accused, if {_percent(obtained['prior'])} of all asked about are."
+        "judges (Song & Mittal 2021); the next two columns choose it on the other half of the samples, once for all and once "
+        f"for each class. Precision: the share of members among those accused, if {_percent(obtained['prior'])} of all are."
     ))
     if report.canaries:
-        parts.append("<h3>Canaries</h3>" + site.table(pd.DataFrame({"value": {
-            what: f"{value:,}" if isinstance(value, int) else "-" if value is None else f"{value:.3f}" for what, value in report.canaries.items()
-        }})))
+        found = report.canaries.items()
+        shown = {what: "-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for what, v in found}
+        parts.append("<h3>Canaries</h3>" + pages.table(pd.DataFrame({"value": shown})))
     parts.append("<h3>Pictures</h3>")
     parts += [pages.figure(figure, f"{anchor}-{number}") for number, figure in enumerate(report.figures().values())]
     if report.groups:
         first = report.groups[0]
         groups = pd.DataFrame(report.groups).drop(columns=["attack", "query", "fpr"])
-        parts.append("<h3>By group</h3>" + site.table(groups) + site.paragraph(
+        parts.append("<h3>By group</h3>" + pages.table(groups) + pages.paragraph(
             f"By {first['attack']}, {first['query']} queries, one global threshold ({_percent(first['fpr'])} false positives); "
             "limits pool the members of all targets and are too narrow where targets share samples."
         ))

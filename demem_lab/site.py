@@ -249,16 +249,15 @@ def _output(output, anchor: str, folder: Path | None) -> str:
     return f"<pre>{escaped(data.get('text/plain', ''))}</pre>"
 
 
-def _figure(figure: dict, anchor: str) -> str:
-    layout = figure.get("layout", {})
-    text = layout.get("title", {}).get("text", "figure") if isinstance(layout.get("title"), dict) else "figure"
-    # "</script>" would end the script element early, and "<!--<script>" keep it from ending, wherever they stood in the data
-    spec = json.dumps({"data": figure.get("data", []), "layout": layout}).replace("<", "\\u003c")
-    return (
-        f'<div id="figure-{_e(anchor)}" role="img" aria-label="{_e(re.sub("<[^>]*>", " ", text))}"></div>'
-        f'<script>(function () {{ var f = {spec}; Plotly.newPlot("figure-{_e(anchor)}", f.data, f.layout, '
-        f"{{responsive: true, displaylogo: false}}); }})();</script>"
-    )
+def _local(body: str, folder: Path | None) -> str:
+    """HTML without anything that would be fetched; pictures of `folder` are put inside."""
+
+    def inside(match) -> str:
+        file = folder / match[2] if folder else None
+        known = file is not None and file.suffix in KINDS and file.is_file()
+        return f' src="{_embedded(file)}"' if known else ""
+
+    return _PICTURE.sub(inside, _REMOTE.sub("", _LOADS.sub("", body)))
 
 
 def _embedded(picture: Path) -> str:
