@@ -38,6 +38,7 @@ canaries
 signals
 membership
 leakage
+outputs
 files
 risk
 experiment
@@ -62,6 +63,7 @@ pages
 doctor
 runner
 site
+subject
 report
 audit
 cli
