@@ -104,6 +104,8 @@ class TRADES(_OneByOne):
 
     def __post_init__(self) -> None:
         finite("beta", self.beta, low=0)
+        if not isinstance(self.attack, PGD):
+            raise ValueError(f"TRADES starts its attack at the clean image, which takes PGD, got {type(self.attack).__name__}")
 
     def move(self, net, x: Tensor, y: Tensor, rng: Streams) -> Tensor:
         with frozen(net), torch.no_grad():

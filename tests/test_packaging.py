@@ -32,6 +32,7 @@ sampling
 optimizers
 farm
 training
+pairs
 queries
 canaries
 signals
@@ -42,6 +43,7 @@ risk
 experiment
 estimate
 comparison
+matched
 sweep
 results
 protocol
