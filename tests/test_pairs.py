@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from demem_lab import pairs
+from demem_lab.mechanisms import Plain
 from demem_lab.models import MLP
 from demem_lab.objectives import Natural
-from demem_lab.mechanisms import Plain
 from demem_lab.sampling import Poisson
 
 ROOT = Path(__file__).parents[1]
