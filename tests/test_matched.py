@@ -37,7 +37,8 @@ CONTROLS = ["strong", "middle", "weak"]
 
 
 def test_interpolated_seed_by_seed():
-    found = at_matched(report(strong=STRONG, middle=MIDDLE, weak=WEAK, arm=[(0.75, 0.1), (0.6, 0.05), (0.78, 0.1)]), "arm", CONTROLS)
+    arm = [(0.75, 0.1), (0.6, 0.05), (0.78, 0.1)]
+    found = at_matched(report(strong=STRONG, middle=MIDDLE, weak=WEAK, arm=arm), "arm", CONTROLS)
     wanted = [0.1 - 0.15, 0.05 - (0.05 + 0.05 * 0.1 / 0.22), 0.1 - 0.2]
     assert found == seed_interval(np.array(wanted))
 
