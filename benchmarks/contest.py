@@ -251,8 +251,9 @@ def measured(contest: Contest, arms: dict[str, list[Run]]) -> Comparison:
             top = risk.protected_set(score, fraction=0.1).mask
             surfaced = risk.protected_set(lab.risk(run.seed, runs).score, fraction=0.1).mask
             found = measure(run, {"at risk": top, "rest": ~top, "surfaced": surfaced}, fpr=fpr)
-            strongest = informed(run, score, fpr) | {"LiRA": found["all", "leak"]}
-            found["all", "leak, schedule known"] = max(strongest.values())
+            knowing = informed(run, score, fpr)
+            found |= {("all", f"leak, {attack}"): rate for attack, rate in knowing.items()}
+            found["all", "leak, schedule known"] = max(found["all", "leak"], *knowing.values())
             rows += [(name, run.seed, group, metric, value) for (group, metric), value in found.items()]
             promises[name] = str(run.guarantee)
     return Comparison(pd.DataFrame(rows, columns=["arm", "seed", "group", "metric", "value"]), fpr, promises)
@@ -289,7 +290,7 @@ def main() -> None:
             "models a seed": lab.models, "fpr": report.fpr, "delta": lab.delta, "attack_steps": lab.attack_steps,
             "query_steps": lab.query_steps,
         },
-        "controls": list(controls), "arms": {arm: values[arm] for arm in arms}, "guarantees": report.guarantees,
+        "controls": list(controls), "arms": {arm: values[arm] for arm in arms}, "not run": [], "guarantees": report.guarantees,
         "rank correlation of the cheap score": [
             round(risk.rank_correlation(contest.cheap, contest.score(seed)).mean, 3) for seed in lab.seeds
         ],

@@ -135,7 +135,8 @@ def section(raw: dict, report: Comparison) -> str:
         f"model) has a rank correlation of {min(scored):.2f} to {max(scored):.2f} with the ensemble's. Controls in brackets.\n\n"
         f"{pairs.markdown(pd.DataFrame.from_dict(rows, orient='index'), 'arm')}\n\n"
         f"Against the informed attacker, better than mere weakening: {', '.join(kinds['better']) or 'none'}. "
-        f"Worse: {', '.join(kinds['worse']) or 'none'}. Not decided: {', '.join(kinds['undecided']) or 'none'}.\n\n"
+        f"Worse: {', '.join(kinds['worse']) or 'none'}. Not decided: {', '.join(kinds['undecided']) or 'none'}."
+        f"{' Not run: ' + ', '.join(raw['not run']) + '.' if raw['not run'] else ''}\n\n"
     )
 
 
