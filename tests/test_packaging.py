@@ -33,6 +33,7 @@ optimizers
 farm
 live
 training
+pairs
 queries
 canaries
 signals
@@ -44,6 +45,7 @@ risk
 experiment
 estimate
 comparison
+matched
 sweep
 results
 protocol
