@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ import torch
 from demem_lab import data, queries, risk, training
 from demem_lab.attacks import PGD, margin
 from demem_lab.data import Dataset
+from demem_lab.live import Watch
 from demem_lab.mechanisms import DPSGD, Guarantee, Mechanism, Plain
 from demem_lab.membership import lira
 from demem_lab.models import MLP, SmallCNN, Spec
@@ -108,6 +109,7 @@ class Experiment:
     delta: float = 1e-4
     device: str = "auto"
     progress: bool = True
+    watch: Watch | None = None  # who looks on while this trains, and may stop it
     store: Store = field(default_factory=Store)
 
     def __post_init__(self) -> None:
@@ -187,17 +189,15 @@ class Experiment:
     def _query(self, label: str, recipe: Recipe, members, seeds: Sequence[int], trace: bool = False):
         ensemble = training.train(
             self.dataset, members, recipe, seeds=seeds, device=self.device, store=self.store, trace=trace,
-            progress=self.progress, label=label,
+            progress=self.progress, label=label, watch=self.watch,
         )
-        clean = queries.outputs(ensemble, self.dataset, device=self.device)
-        moved = queries.outputs(ensemble, self.dataset, attack=self.query, device=self.device)
+        ask = partial(queries.outputs, ensemble, self.dataset, device=self.device, stop=self.watch and self.watch.stop)
+        clean, moved = ask(), ask(attack=self.query)
         # heavy noise blows logits up until cross-entropy is flat and PGD stands still: robust only by blindness.
         # The margin loss cannot be blinded that way, so a sample counts as robust when both attacks fail.
         y = self.dataset.y.numpy()
         robust = (clean.argmax(-1) == y) & (moved.argmax(-1) == y)
-        seeing = queries.outputs(
-            ensemble, self.dataset, attack=self.query, loss=margin, device=self.device, only=robust
-        )  # whoever is fooled already is decided
+        seeing = ask(attack=self.query, loss=margin, only=robust)  # whoever is fooled already is decided
         robust &= seeing.argmax(-1) == y
         arrays = {"clean": clean, "adversarial": moved, "robust": robust}
         if trace:

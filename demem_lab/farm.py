@@ -48,18 +48,18 @@ def one_thread_each(on: torch.device | str = "cpu") -> None:
 
 def run(
     function: Callable[[Any, threading.Event], Any], chunks: Sequence[Any], *, executor: Executor | None = None,
-    at_once: int | None = None,
+    at_once: int | None = None, stop: threading.Event | None = None,
 ) -> list[Any]:
     """`function(chunk, stop)` for every chunk; results in the order of `chunks`.
 
-    `stop` is set when the user interrupts: a function that watches it can save its state before it returns. An
-    exception in one chunk stops the others in the same way and is raised here. With an `executor` of processes or
-    machines `stop` cannot be shared, and None is passed instead.
+    `stop` is set when the user interrupts (or by whoever passed it in, from another thread): a function that watches it
+    can save its state before it returns. An exception in one chunk stops the others in the same way and is raised here.
+    With an `executor` of processes or machines `stop` cannot be shared, and None is passed instead.
     """
     chunks = list(chunks)
     if executor is not None:
         return [future.result() for future in [executor.submit(function, chunk, None) for chunk in chunks]]
-    stop = threading.Event()
+    stop = threading.Event() if stop is None else stop
     at_once = workers() if at_once is None else at_once
     if at_once == 1 or len(chunks) == 1:
         try:

@@ -270,8 +270,9 @@ def line(number: int) -> dict:
 
 
 def symbol(number: int) -> str:
-    """The marker of point number `number`."""
-    return ("circle", "diamond", "square", "triangle-up", "cross", "x", "star", "hexagon")[number % 8]
+    """The marker of point number `number`: open ones when the colours begin again."""
+    shape = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star", "hexagon")[number % 8]
+    return shape + ("-open" if number // 8 % 2 else "")
 
 
 def _short(metric: str) -> str:

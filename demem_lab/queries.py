@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import torch
 
@@ -19,13 +21,13 @@ from demem_lab.training import Ensemble
 @torch.no_grad()
 def outputs(
     ensemble: Ensemble, dataset: Dataset, *, attack: PGD | None = None, loss: Loss = cross_entropy,
-    device: str = "auto", block: int = 300, only: np.ndarray | None = None,
+    device: str = "auto", block: int = 300, only: np.ndarray | None = None, stop: threading.Event | None = None,
 ) -> np.ndarray:
     """Logits [M, N, K] float32 of every model on every sample, clean or on that model's own adversarial examples.
 
     `loss` is what the attack increases. The one table that all measuring reads. Attacks run at full strength, no sample is
     dropped early. A random start, if the attack has one, comes from each model's own stream. only: bool [M, N], the samples
-    each model is asked about (default all); the other rows are NaN.
+    each model is asked about (default all); the other rows are NaN. stop: once set (by another thread), KeyboardInterrupt.
     """
     on = farm.device(device)
     farm.one_thread_each(on)
@@ -54,7 +56,7 @@ def outputs(
         out[~asked] = np.nan
         return out
 
-    return np.concatenate(farm.run(query, chunks, at_once=farm.workers(on)))
+    return np.concatenate(farm.run(query, chunks, at_once=farm.workers(on), stop=stop))
 
 
 def gradient_norms(

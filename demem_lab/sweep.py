@@ -3,15 +3,16 @@
 >>> plane = sweep(lab, noise_multipliers=(0, 1, 3), fractions=(0.05, 0.2, 1.0), seed=0)          # doctest: +SKIP
 >>> plane.nearest(noise_multiplier=0.9, risk_threshold=0.3)["leak"]                             # doctest: +SKIP
 
-Every point has the same members and the same seeds, so neighbouring points differ by their settings alone. `recommend`
-picks a point there and judges it on other seeds; `onion` protects whoever surfaces until nobody leaks more than a target.
+Every point has the same members and the same seeds, so neighbouring points differ by their settings alone; `train_point`
+adds one. `recommend` picks a point there and judges it on other seeds; `onion` protects whoever surfaces until nobody leaks
+more than a target.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from demem_lab.comparison import compare, finest_fpr, measure
 from demem_lab.experiment import Experiment, Run
 from demem_lab.leakage import Interval, seed_interval
 from demem_lab.mechanisms import DPSGD, SelectiveDP
+from demem_lab.signals import confidence
 from demem_lab.streams import model_seeds
 from demem_lab.validate import finite, integer
 
@@ -34,10 +36,11 @@ COLUMNS = {  # column of the plane <- (group, metric)
 
 @dataclass(frozen=True)
 class Plane:
-    """Trained points; one row each in `points`, measured on one seed."""
+    """Trained points; one row each in `points`, measured on one seed. Column "added": not part of the first sweep."""
 
     points: pd.DataFrame
     scores: np.ndarray  # float [N] the risk score that the thresholds cut
+    after: np.ndarray  # float [points, N] the same score under each point's training, from that point's own few models
     seed: int
     models: int
     fpr: float
@@ -45,16 +48,28 @@ class Plane:
     def nearest(self, *, noise_multiplier: float, risk_threshold: float) -> pd.Series:
         """The trained point nearest to a position of the sliders; nothing is interpolated.
 
-        Nearest threshold first (in number of protected samples, the scale that training sees), then nearest noise.
+        Nearest threshold first (in number of protected samples, the scale that training sees), then nearest noise; a point
+        added later takes its place where it is at least as near in both.
         """
         finite("noise_multiplier", noise_multiplier, low=0)
         if np.isnan(risk_threshold):
             raise ValueError("risk_threshold must not be NaN; use inf to protect nobody and -inf to protect everybody")
         wanted = int((self.scores >= risk_threshold).sum())
         p = self.points
-        column = p.iloc[(p["protected"] - wanted).abs().argmin()]["protected"]
-        p = p[p["protected"] == column]
-        return p.iloc[(p["noise_multiplier"] - noise_multiplier).abs().argmin()]
+        people, noise = (p["protected"] - wanted).abs(), (p["noise_multiplier"] - noise_multiplier).abs()
+        swept = ~p["added"]
+        column = people[swept].min()
+        best = noise[swept & (p["protected"] == p["protected"][people[swept].idxmin()])].idxmin()
+        nearer = p["added"] & (people <= column) & (noise <= noise[best])
+        if nearer.any():
+            best = (people + noise)[nearer].idxmin()
+        return p.loc[best]
+
+    def surfaced(self, point: pd.Series, count: int) -> np.ndarray:
+        """The next layer: int [count], the unprotected samples with the highest score after training at `point`."""
+        protected = risk.protected_set(self.scores, fraction=point["protected"] / len(self.scores)).mask
+        order = np.argsort(-np.where(protected, -np.inf, self.after[point.name]), kind="stable")
+        return order[: min(count, int((~protected).sum()))]
 
     def to_frame(self) -> pd.DataFrame:
         """The points as a table."""
@@ -71,16 +86,60 @@ def sweep(
     lr_everybody: noise multiplier -> the learning rate tuned for DP-SGD, used where everybody is protected. high_risk: the
     fraction of samples called "high risk" in the columns, the same at every point. Nobody is trained once, without noise.
     """
-    models = models or lab.tuning_models
     score = lab.risk(seed).score
-    points = [(0.0, f) for f in fractions if f == 0]
-    points += list(itertools.product([float(s) for s in noise_multipliers], [f for f in fractions if f > 0]))
-    if len(set(points)) != len(points):
+    pairs = [(0.0, f) for f in fractions if f == 0]
+    pairs += list(itertools.product([float(s) for s in noise_multipliers], [f for f in fractions if f > 0]))
+    if len(set(pairs)) != len(pairs):
         raise ValueError(f"noise multipliers and fractions must not repeat, got {noise_multipliers} and {fractions}")
     sets = {f: risk.protected_set(score, fraction=f) for f in fractions}
-    sigmas = tuple(s for s, _ in points for _ in range(models))
-    protected = torch.stack([torch.as_tensor(sets[f].mask) for _, f in points for _ in range(models)])
-    rates = tuple(lr_everybody(s) if lr_everybody and f == 1 else lab.lr for s, f in points for _ in range(models))
+    points = [
+        _Point(s, f, sets[f], lr_everybody(s) if lr_everybody and f == 1 else lab.lr) for s, f in pairs
+    ]
+    return _trained(
+        lab, points, score, seed=seed, models=models or lab.tuning_models, max_grad_norm=max_grad_norm, high_risk=high_risk
+    )
+
+
+def train_point(
+    lab: Experiment, plane: Plane, *, noise_multiplier: float, risk_threshold: float, max_grad_norm: float = 1.0,
+    tuned: bool = True, high_risk: float = 0.1,
+) -> Plane:
+    """`plane` with one more row: exactly this position, with the plane's members and seeds. Kept in the store.
+
+    tuned: where everybody is protected, tune DP-SGD's learning rate first, as the plane's points had it tuned. Where nobody
+    is, no noise is added. A position that the plane has already gives the same plane. `lab.watch` may follow and stop it.
+    """
+    sigma = finite("noise_multiplier", noise_multiplier, low=0)
+    chosen = risk.protected_set(plane.scores, risk_threshold=risk_threshold)
+    count, n = int(chosen.mask.sum()), len(plane.scores)
+    sigma = sigma if count else 0.0
+    p = plane.points
+    if ((p["protected"] == count) & (p["noise_multiplier"] == sigma)).any():
+        return plane
+    rate = lab.rate_for_everybody(sigma) if tuned and count == n else lab.lr
+    new = _trained(
+        lab, [_Point(sigma, count / n, chosen, rate)], plane.scores, seed=plane.seed, models=plane.models,
+        max_grad_norm=max_grad_norm, high_risk=high_risk, added=True,
+    )
+    rows = pd.concat([p, new.points], ignore_index=True)
+    return replace(plane, points=rows, after=np.concatenate([plane.after, new.after]))
+
+
+@dataclass(frozen=True)
+class _Point:
+    noise_multiplier: float
+    fraction: float
+    who: risk.ProtectedSet
+    lr: float
+
+
+def _trained(
+    lab: Experiment, points: Sequence[_Point], score: np.ndarray, *, seed: int, models: int, max_grad_norm: float,
+    high_risk: float, added: bool = False,
+) -> Plane:
+    sigmas = tuple(p.noise_multiplier for p in points for _ in range(models))
+    protected = torch.stack([torch.as_tensor(p.who.mask) for p in points for _ in range(models)])
+    rates = tuple(p.lr for p in points for _ in range(models))
     recipe = lab.recipe(mechanism=SelectiveDP(sigmas, max_grad_norm, protected), lr=rates)
     members = lab.members(seed, models)
     run = lab.tables(
@@ -88,20 +147,21 @@ def sweep(
     )
     top = risk.protected_set(score, fraction=high_risk).mask
     fpr = finest_fpr(int((~members).sum(1).min()))
-    rows = []
-    for number, (sigma, fraction) in enumerate(points):
+    rows, after = [], []
+    for number, point in enumerate(points):
         part = run.part(slice(number * models, (number + 1) * models))
         found = measure(part, {"high risk": top, "rest": ~top}, fpr=fpr)
         promised = recipe.mechanism.guarantee(
             sampling_rate=run.sampling_rate, steps=run.steps, delta=lab.delta, n=lab.dataset.n, model=number * models
         )
         rows.append({
-            "noise_multiplier": sigma, "fraction": fraction, "risk_threshold": sets[fraction].risk_threshold,
-            "protected": int(sets[fraction].mask.sum()), "lr": rates[number * models],
+            "noise_multiplier": point.noise_multiplier, "fraction": point.fraction,
+            "risk_threshold": point.who.risk_threshold, "protected": int(point.who.mask.sum()), "lr": point.lr,
             **{name: found.get(place) for name, place in COLUMNS.items()},
-            "epsilon": promised.budget.epsilon if promised.holds else None, "guarantee": str(promised),
+            "epsilon": promised.budget.epsilon if promised.holds else None, "guarantee": str(promised), "added": added,
         })
-    return Plane(pd.DataFrame(rows), score, seed, models, fpr)
+        after.append(risk.memorization(confidence(part.adversarial, part.y), part.members).score)
+    return Plane(pd.DataFrame(rows), score, np.stack(after), seed, models, fpr)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from demem_lab import farm
 from demem_lab.data import Dataset
+from demem_lab.live import Moment, Watch
 from demem_lab.mechanisms import Batch, Guarantee, Mechanism, Plain
 from demem_lab.models import MLP, Network, Spec
 from demem_lab.objectives import Natural, Objective
@@ -99,23 +100,25 @@ def train(
     dataset: Dataset, members: Tensor, recipe: Recipe, *, seeds: Sequence[int], device: str = "auto",
     store: Store | None = None, trace: bool = False, progress: bool = False, label: str = "training",
     chunk: int | None = None, dtype: torch.dtype = torch.float32, checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    watch: Watch | None = None,
 ) -> Ensemble:
     """Train one model for each row of `members` (bool [M, N]).
 
     seeds: one a model. store: results are kept there and reused; an interrupted or killed run continues. trace: keep the
     loss of every sample in every epoch. chunk: models in one batched product (default: measured). dtype: of the weights.
+    watch: told of every step, and able to stop.
     Raises ValueError for masks, flags or batch sizes that do not fit the data.
     """
     _check(dataset, members, recipe, seeds)
     job = _Job(dataset, members, recipe, tuple(seeds), farm.device(device), trace, dtype, members.double().sum(1).mean().item())
     if store is None:
-        return _gathered(job, _train_chunks(job, None, progress, label, chunk, checkpoint_seconds), fresh=True)
+        return _gathered(job, _train_chunks(job, None, progress, label, chunk, checkpoint_seconds, watch), fresh=True)
     fresh = False
 
     def compute():
         nonlocal fresh
         fresh = True
-        return _packed(_train_chunks(job, store, progress, label, chunk, checkpoint_seconds))
+        return _packed(_train_chunks(job, store, progress, label, chunk, checkpoint_seconds, watch))
 
     entry = store.compute("ensemble", job.config(), compute, modules=MODULES)
     return _gathered(job, _unpacked(entry.arrays), fresh=fresh, seconds=entry.meta.get("seconds", 0.0))
@@ -175,7 +178,7 @@ def _check(dataset: Dataset, members: Tensor, recipe: Recipe, seeds: Sequence[in
         raise ValueError("batch normalisation cannot see Poisson batches of changing size; use Shuffled(...) or norm='group'")
 
 
-def _train_chunks(job: _Job, store, progress, label, chunk, checkpoint_seconds) -> list[dict[str, np.ndarray]]:
+def _train_chunks(job: _Job, store, progress, label, chunk, checkpoint_seconds, watch) -> list[dict[str, np.ndarray]]:
     farm.one_thread_each(job.device)
     models = len(job.members)
     size = chunk_size(job) if chunk is None else integer("chunk", chunk, low=1)
@@ -184,12 +187,15 @@ def _train_chunks(job: _Job, store, progress, label, chunk, checkpoint_seconds) 
                file=sys.stdout)  # on stderr JupyterLab would leave a red bar behind
     lock = threading.Lock()
 
-    def advance(steps: int) -> None:
-        with lock:
-            bar.update(steps)
-
     def one(rows: list[int], stop) -> dict[str, np.ndarray]:
         part = job.part(rows)
+
+        def advance(steps: int, state: _State | None = None) -> None:
+            with lock:
+                bar.update(steps)
+            if watch is not None and state is not None:
+                watch.on_step(state.moment(label, rows, models))
+
         if store is None:
             return _train_one(part, None, stop, advance, checkpoint_seconds)
         config = part.config()
@@ -203,7 +209,7 @@ def _train_chunks(job: _Job, store, progress, label, chunk, checkpoint_seconds) 
         return result
 
     with bar:
-        results = farm.run(one, chunks, at_once=farm.workers(job.device))
+        results = farm.run(one, chunks, at_once=farm.workers(job.device), stop=watch and watch.stop)
     if store is not None:  # the whole ensemble is about to be stored
         for rows in chunks:
             store.drop("chunk", job.part(rows).config(), modules=MODULES)
@@ -217,7 +223,7 @@ def _train_one(job: _Job, keep, stop, advance, checkpoint_seconds: float) -> dic
         saved = store.get("checkpoint", config, modules=MODULES)
         if saved is not None:
             state.restore(saved.arrays)
-            advance(state.step * state.models)
+            advance(state.step * state.models, state)
     last = time.monotonic()
     while state.step < job.steps:
         interrupted = stop is not None and stop.is_set()
@@ -232,7 +238,7 @@ def _train_one(job: _Job, keep, stop, advance, checkpoint_seconds: float) -> dic
             if keep is not None and state.consistent:
                 store.put("checkpoint", config, state.arrays(), modules=MODULES)
             raise
-        advance(state.models)
+        advance(state.models, state)
     return state.result()
 
 
@@ -291,6 +297,12 @@ class _State:
         if self.trace is not None:
             model, place = valid.nonzero(as_tuple=True)
             self.trace[model, epoch, index[model, place]] = losses[model, place].to(self.trace.dtype)
+
+    def moment(self, label: str, rows: list[int], models: int) -> Moment:
+        last = max(0, self.step - 1) // self.job.steps_per_epoch
+        ends = self.step > 0 and (self.step % self.job.steps_per_epoch == 0 or self.step == self.job.steps)
+        losses = self.loss_sum[:, last] / self.loss_count[:, last]
+        return Moment(label, tuple(rows), models, self.step, self.job.steps, last + ends, ends, self.net, self.members, losses)
 
     def arrays(self) -> dict[str, np.ndarray]:
         kept = {f"net/{name}": tensor for name, tensor in self.net.state().items()}

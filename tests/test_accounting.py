@@ -7,7 +7,8 @@ from opacus.accountants.analysis import rdp
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from demem_lab.accounting import Budget, NoGuarantee, budget, epsilon_curve, noise_multiplier_for
+from demem_lab import accounting
+from demem_lab.accounting import Budget, NoGuarantee, budget, budget_in_time, epsilon_curve, noise_multiplier_for
 
 SETTINGS = [(1.0, 0.07, 420, 1e-4), (1.1, 0.01, 1000, 1e-5), (3.0, 0.07, 420, 1e-4)]
 
@@ -88,3 +89,31 @@ def test_a_wanted_epsilon_that_less_noise_than_the_smallest_gives_is_answered():
     sigma = noise_multiplier_for(epsilon=40.0, **setting)
     enough, less = (budget(noise_multiplier=s, accountant="RDP", **setting) for s in (sigma, sigma - 0.01))
     assert sigma < 0.3 and enough.epsilon <= 40.0 < less.epsilon  # an upper bound of what PLD would say
+
+
+@pytest.mark.parametrize(("sigma", "rate", "steps", "delta"), [*SETTINGS, (0.4, 0.2, 7, 1e-3), (1.0, 1.0, 3, 1e-5)])
+def test_steps_and_delta_are_put_on_a_cached_step_exactly_as_the_accountant_does(sigma, rate, steps, delta):
+    import dp_accounting as dp
+    from dp_accounting.rdp import RdpAccountant
+
+    once = dp.GaussianDpEvent(sigma)
+    event = dp.SelfComposedDpEvent(once if rate == 1 else dp.PoissonSampledDpEvent(rate, once), steps)
+    theirs = RdpAccountant().compose(event).get_epsilon(delta)
+    ours = budget(noise_multiplier=sigma, sampling_rate=rate, steps=steps, delta=delta, accountant="RDP").epsilon
+    assert ours == pytest.approx(theirs, rel=1e-12)
+
+
+def test_a_tight_epsilon_in_time_is_the_tight_one_and_out_of_time_the_loose_one():
+    assert budget_in_time(120, **GOOD) == budget(**GOOD, accountant="PLD")
+    late = budget_in_time(0.01, **GOOD)  # no process starts that fast
+    assert late == budget(**GOOD, accountant="RDP") and "looser" in str(late)
+    assert isinstance(budget_in_time(1, **GOOD | {"noise_multiplier": 0.0}), NoGuarantee)
+    assert budget_in_time(1, **GOOD | {"steps": 0}).epsilon == 0
+    with pytest.raises(ValueError, match="seconds"):
+        budget_in_time(-1, **GOOD)
+
+
+def test_a_failing_accountant_is_not_taken_for_a_late_one(monkeypatch):
+    monkeypatch.setattr(accounting.sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="PLD accountant failed"):
+        budget_in_time(30, **GOOD)

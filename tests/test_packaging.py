@@ -31,6 +31,7 @@ remedies
 sampling
 optimizers
 farm
+live
 training
 queries
 canaries
@@ -47,8 +48,11 @@ results
 protocol
 plots
 views
+views_privacy
+words_privacy
 controls
 panels
+panels_privacy
 grading
 solutions
 mistakes

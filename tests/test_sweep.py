@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from demem_lab import risk
 from demem_lab.comparison import measure
 from demem_lab.experiment import profile
+from demem_lab.live import Watch
 from demem_lab.mechanisms import DPSGD, SelectiveDP
+from demem_lab.signals import confidence
 from demem_lab.store import Store
-from demem_lab.sweep import COLUMNS, Plane, onion, recommend, sweep
+from demem_lab.sweep import COLUMNS, Plane, onion, recommend, sweep, train_point
 
 NOISES, FRACTIONS = (0.0, 2.0), (0.0, 0.2, 1.0)
 
@@ -96,8 +98,8 @@ def test_the_second_time_nothing_is_trained(plane, lab, monkeypatch):
 
 def made_plane():
     points = [(0.0, 0.0, 0)] + [(s, f, round(100 * f)) for s in (0.5, 1.0, 3.0) for f in (0.05, 0.3, 1.0)]
-    frame = pd.DataFrame(points, columns=["noise_multiplier", "fraction", "protected"])
-    return Plane(frame, np.arange(100) // 5 / 10, 0, 4, 0.1)
+    frame = pd.DataFrame(points, columns=["noise_multiplier", "fraction", "protected"]).assign(added=False)
+    return Plane(frame, np.arange(100) // 5 / 10, np.zeros((len(points), 100)), 0, 4, 0.1)
 
 
 @given(st.floats(0, 5), st.floats(-1, 3) | st.sampled_from([np.inf, -np.inf, *np.arange(20) / 10]))
@@ -116,6 +118,91 @@ def test_infinite_thresholds_are_nobody_and_everybody(plane):
     assert plane.nearest(noise_multiplier=3.0, risk_threshold=np.inf)["fraction"] == 0
     everybody = plane.nearest(noise_multiplier=1.4, risk_threshold=-np.inf)
     assert (everybody["fraction"], everybody["noise_multiplier"]) == (1, 2)
+
+
+@given(st.floats(0, 5), st.floats(-1, 3), st.lists(st.tuples(st.floats(0, 5), st.integers(1, 99)), max_size=3))
+def test_an_added_point_is_taken_where_it_is_at_least_as_near_in_both(noise, threshold, extra):
+    made = made_plane()
+    new = pd.DataFrame([(s, c / 100, c, True) for s, c in extra], columns=made.points.columns).astype(made.points.dtypes)
+    rows = pd.concat([made.points, new], ignore_index=True)
+    both = replace(made, points=rows, after=np.zeros((len(rows), 100)))
+    wanted = sum(s >= threshold for s in made.scores)
+    old = made.nearest(noise_multiplier=noise, risk_threshold=threshold)
+
+    def off(point):
+        return abs(point["protected"] - wanted), abs(point["noise_multiplier"] - noise)
+
+    added = [p for _, p in rows[rows["added"]].iterrows()]
+    better = [p for p in added if all(a <= b for a, b in zip(off(p), off(old), strict=True))]
+    found = both.nearest(noise_multiplier=noise, risk_threshold=threshold)
+    if better:
+        assert found["added"] and sum(off(found)) == min(sum(off(p)) for p in better)
+    else:
+        assert found.name == old.name
+
+
+def test_a_point_trained_later_is_the_point_the_sweep_would_have_trained(plane, lab):
+    """Same members, seeds, set and rate; compared with a sweep that has it, with the arm of its own, and after."""
+    cut = risk.protected_set(plane.scores, fraction=0.35).risk_threshold
+    more = train_point(lab, plane, noise_multiplier=1.3, risk_threshold=cut, tuned=False)
+    row = more.points.iloc[-1]
+    assert len(more.points) == len(plane.points) + 1 == len(more.after) and bool(row["added"])
+    pd.testing.assert_frame_equal(more.points.iloc[:-1], plane.points)
+    whole = sweep(lab, noise_multipliers=(1.3,), fractions=(0.2, 0.35), seed=0).points
+    theirs = whole[whole["fraction"] == 0.35].iloc[0]
+    for column in ("noise_multiplier", "fraction", "risk_threshold", "protected", "lr", "epsilon", "guarantee"):
+        assert row[column] == theirs[column], column
+    for column, place in COLUMNS.items():  # sums in another order: a sample on the fence may fall to the other side
+        assert row[column] == pytest.approx(theirs[column], abs=0.1 if place[0] == "high risk" else 0.03), column
+    alone = lab.run("alone", seed=0, models=4, mechanism=SelectiveDP(1.3, 1.0, lab.flags(0, 0.35)))
+    p, inside = confidence(alone.adversarial, alone.y), alone.members
+    score = [p[inside[:, i], i].mean() - p[~inside[:, i], i].mean() for i in range(120)]
+    assert np.median(abs(more.after[-1] - score)) < 1e-3
+    chosen = more.nearest(noise_multiplier=1.3, risk_threshold=cut)
+    assert chosen.name == row.name
+
+
+def test_the_same_point_twice_comes_from_the_store_or_from_the_plane(plane, lab, monkeypatch):
+    first = train_point(lab, plane, noise_multiplier=0.7, risk_threshold=0.0, tuned=False)
+    monkeypatch.setattr("demem_lab.training.train", lambda *a, **k: pytest.fail("trained again"))
+    again = train_point(lab, plane, noise_multiplier=0.7, risk_threshold=0.0, tuned=False)
+    pd.testing.assert_frame_equal(again.points, first.points)
+    assert train_point(lab, first, noise_multiplier=0.7, risk_threshold=0.0) is first
+    assert train_point(lab, plane, noise_multiplier=0.7, risk_threshold=np.inf) is plane  # nobody: no noise, already there
+    assert train_point(lab, plane, noise_multiplier=2.0, risk_threshold=-np.inf) is plane
+
+
+def test_everybody_protected_has_its_rate_tuned_first(plane, lab):
+    more = train_point(lab, plane, noise_multiplier=1.5, risk_threshold=-np.inf)
+    assert more.points.iloc[-1]["lr"] == lab.rate_for_everybody(1.5) and more.points.iloc[-1]["fraction"] == 1
+
+
+def test_a_cancelled_point_leaves_nothing_half_done(plane, lab):
+    def kinds():
+        return sorted((row["kind"], row["key"]) for row in lab.store.entries() if row["kind"] != "checkpoint")
+
+    before, seen = kinds(), []
+    watch = Watch(lambda moment: (seen.append(moment.step), watch.stop.set()))
+    with pytest.raises(KeyboardInterrupt):
+        train_point(replace(lab, watch=watch), plane, noise_multiplier=2.7, risk_threshold=0.05)
+    assert seen and max(seen) <= 2 and kinds() == before
+    ready = train_point(lab, plane, noise_multiplier=2.7, risk_threshold=0.05)  # goes on from there
+    fresh = replace(lab, store=Store(lab.store.root.parent / "other"))
+    pd.testing.assert_frame_equal(ready.points, train_point(fresh, plane, noise_multiplier=2.7, risk_threshold=0.05).points)
+
+
+def test_stopping_while_the_models_are_asked_is_possible_too(plane, lab):
+    watch = Watch(lambda moment: moment.step == moment.steps and watch.stop.set())
+    with pytest.raises(KeyboardInterrupt):
+        train_point(replace(lab, watch=watch), plane, noise_multiplier=2.9, risk_threshold=0.05)
+
+
+def test_the_next_layer_by_brute_force(plane):
+    for _, point in plane.points.iterrows():
+        count = int(point["protected"])
+        first = set(sorted(range(120), key=lambda i: (-plane.scores[i], i))[:count])
+        others = sorted(set(range(120)) - first, key=lambda i: (-plane.after[point.name][i], i))
+        assert plane.surfaced(point, 30).tolist() == others[:30]
 
 
 @pytest.mark.parametrize(("call", "words"), [

@@ -1,0 +1,273 @@
+"""The figures of the Budget panel and the DeMem panel, made from results and a position; nothing is computed here.
+
+A figure is drawn once. A panel then sets what moved, by the names of the traces: `budget_marks` and `demem_marks` say which
+trace gets what.
+
+>>> figure = budget_view(points, plain, groups, budget_marks(points, plain, groups, spot))          # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from demem_lab.comparison import Comparison
+from demem_lab.plots import COLORS, GREY, line, mosaic, percent_of, picture, styled, symbol
+from demem_lab.sweep import Plane
+
+TEXT = 15  # points: read from the last row
+PICTURES = 24
+
+
+def budget_view(
+    points: Sequence[Mapping], groups: Sequence[str], marks: Mapping[str, Mapping], *, title: str = ""
+) -> go.Figure:
+    """Epsilon over the noise multiplier; accuracy, leak and who pays at trained noise multipliers.
+
+    points: dicts with "noise_multiplier", "accuracy", "robust", "leak", and "robust, g" and "leak, g" for each risk group g
+    (None where it could not be measured), ascending. marks: from `budget_marks`, where everything that moves is.
+    """
+    figure = make_subplots(
+        rows=2, cols=2, horizontal_spacing=0.12, vertical_spacing=0.2,
+        subplot_titles=("what is promised: epsilon, for any setting", "what is kept (unseen images), where trained",
+                        "who pays: robust accuracy by risk group", "what leaks: members found, where trained"),
+    )
+    figure.add_scatter(name="RDP (upper bound)", mode="lines", line=line(0), row=1, col=1,
+                       hovertemplate="noise multiplier %{x:.2f}: epsilon ≤ %{y:.3g}<extra>RDP</extra>")
+    figure.add_scatter(name="PLD (tight)", mode="markers", row=1, col=1,
+                       marker={"size": 12, "symbol": "diamond-open", "color": COLORS[2], "line": {"width": 3}},
+                       hovertemplate="noise multiplier %{x:.2f}: epsilon %{y:.3g}<extra>PLD</extra>")
+    figure.add_scatter(name="your setting", mode="markers+text", textposition="top right", row=1, col=1, hoverinfo="skip",
+                       textfont={"size": TEXT + 3, "color": COLORS[1]},
+                       marker={"size": 18, "symbol": "circle-open", "color": COLORS[1], "line": {"width": 4}})
+    place = list(range(len(points)))  # equal steps: the noise multipliers are roughly geometric, and 0 has no logarithm
+    curves = ("accuracy", "robust", *(f"robust, {g}" for g in groups)), ("leak", *(f"leak, {g}" for g in groups))
+    for row, names in enumerate(curves, 1):
+        for number, name in enumerate(names):
+            look = number + (row == 2)  # the same colour for the same people on both sides
+            figure.add_scatter(
+                x=place, y=[percent_of(p.get(name)) for p in points], mode="lines+markers", name=name, line=line(look),
+                marker={"size": 9, "symbol": symbol(look)}, row=row, col=2, legendgroup=f"kept {row}",
+                hovertemplate=f"{name}: %{{y:.1f}} %<extra></extra>", legend=("legend2", "legend3")[row - 1],
+            )
+        figure.add_scatter(name=f"nearest trained {row}", mode="lines", line={"color": GREY, "dash": "dash", "width": 3},
+                           row=row, col=2, showlegend=False, hoverinfo="skip")
+    for number, name in enumerate(("without privacy", "with privacy")):
+        figure.add_bar(
+            name=name, row=2, col=1, texttemplate="%{y:.0f}", textposition="outside", legend="legend4",
+            marker={"color": (GREY, COLORS[2])[number], "pattern": {"shape": ("", "/")[number]}},
+            hovertemplate=f"{name}, %{{x}}: %{{y:.1f}} %<extra></extra>",
+        )
+    figure.update_xaxes(title="noise multiplier", row=1, col=1)
+    ticks = [m * 10.0**k for k in range(-2, 6) for m in (1, 3)]
+    figure.update_yaxes(title="epsilon (log scale)", type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], row=1, col=1)
+    for row in (1, 2):
+        figure.update_xaxes(tickvals=place, ticktext=[f"{p['noise_multiplier']:g}" for p in points],
+                            title="trained noise multiplier", row=row, col=2)
+        figure.update_yaxes(ticksuffix=" %", rangemode="tozero", row=row, col=2)
+    figure.update_yaxes(range=[0, 112], ticksuffix=" %", row=2, col=1)
+    legends = {"legend": (0.44, 1.0, "right"), "legend2": (1.01, 1.0, "left"), "legend3": (1.01, 0.4, "left"),
+               "legend4": (0.22, -0.06, "center")}
+    look = {"font": {"size": TEXT - 2}, "yanchor": "top", "bgcolor": "rgba(255,255,255,0.75)"}
+    figure.update_layout(
+        barmode="group", **{n: {"x": x, "y": y, "xanchor": a, **look} for n, (x, y, a) in legends.items()}
+    )
+    figure.update_layout(legend4={"orientation": "h"})
+    return moved(_large(styled(figure, title=title, height=720)), marks)
+
+
+def budget_marks(
+    points: Sequence[Mapping], plain: Mapping, groups: Sequence[str], *, chosen: int,
+    curve: tuple[Sequence[float], Sequence[float | None]], spot: tuple[float, float | None],
+    tight: Sequence[tuple[float, float]] = (),
+) -> dict[str, dict]:
+    """{name of a trace: what it shows} at a position of the Budget panel.
+
+    chosen: index of the nearest trained point. plain: the same columns without privacy. curve: noise multipliers and
+    epsilons; spot: the position's own; tight: (noise multiplier, epsilon) known by PLD. None where nothing is promised.
+    """
+    sigma, epsilon = spot
+    values = {
+        "without privacy": [percent_of(plain.get(f"robust, {g}")) for g in groups],
+        "with privacy": [percent_of(points[chosen].get(f"robust, {g}")) for g in groups],
+    }
+    highest = max(p.get(name) or 0 for p in points for name in ("leak", *(f"leak, {g}" for g in groups)))
+    return {
+        "RDP (upper bound)": {"x": list(curve[0]), "y": list(curve[1])},
+        "PLD (tight)": {"x": [s for s, _ in tight], "y": [e for _, e in tight]},
+        "your setting": {"x": [sigma], "y": [epsilon], "text": ["" if epsilon is None else f"  {epsilon:.3g}"]},
+        "nearest trained 1": {"x": [chosen, chosen], "y": [0, 100]},
+        "nearest trained 2": {"x": [chosen, chosen], "y": [0, 100 * highest]},
+        **{name: {"x": list(groups), "y": y} for name, y in values.items()},
+    }
+
+
+def demem_view(
+    plane: Plane, report: Comparison | None, marks: Mapping[str, Mapping], *, title: str = ""
+) -> go.Figure:
+    """The plane as a map of leakage, every trained point and every other arm as a frontier, pictures, and a live curve.
+
+    report: the other arms, measured with as many models as the plane, with intervals over seeds; None shows the plane
+    alone. marks: from `demem_marks`.
+    """
+    figure = make_subplots(
+        rows=3, cols=2, row_heights=[0.56, 0.22, 0.22], column_widths=[0.46, 0.54], vertical_spacing=0.11,
+        horizontal_spacing=0.12, specs=[[{}, {}], [{}, {"rowspan": 2, "secondary_y": True}], [{}, None]],
+        subplot_titles=("who leaks: members found, %", "what it costs: all arms and all trained points",
+                        "protected: the riskiest last", "live training, epoch by epoch",
+                        "the next layer: unprotected, riskiest first"),
+    )
+    noises, fractions = plane_axes(plane)
+    grid = [[_cell(plane.points, s, f, "leak") for f in fractions] for s in noises]
+    figure.add_heatmap(
+        z=grid, x=list(range(len(fractions))), y=list(range(len(noises))), name="map", colorscale="Blues", showscale=False,
+        text=[["" if v is None else f"{v:.1f}" for v in row] for row in grid], texttemplate="%{text}",
+        textfont={"size": TEXT}, hovertemplate="%{z:.1f} % found<extra></extra>", row=1, col=1,
+    )
+    for name, mode, look in (
+        ("trained here", "markers+text", {"symbol": "star", "size": 22, "color": COLORS[4], "line": {"width": 1}}),
+        ("chosen on the map", "markers", {"symbol": "square-open", "size": 42, "color": COLORS[1], "line": {"width": 5}}),
+        ("the sliders", "markers", {"symbol": "cross-thin", "size": 18, "line": {"width": 4, "color": "black"}}),
+    ):
+        figure.add_scatter(name=name, mode=mode, marker=look, showlegend=False, row=1, col=1, textposition="bottom center",
+                           hoverinfo="text" if name == "trained here" else "skip")
+    for name, number in (("plane, one seed", 0), ("trained here, one seed", 1)):
+        look = {"size": (9, 17)[number], "symbol": ("circle-open", "star")[number], "color": (GREY, COLORS[4])[number]}
+        figure.add_scatter(name=name, mode="markers", marker=look | {"line": {"width": 2 - number}}, row=1, col=2,
+                           hovertemplate="%{text}<br>robust %{x:.1f} %, leak %{y:.1f} %<extra></extra>")
+    for number, name in enumerate(report.arms if report else ()):
+        across, up = report.interval(name, "robust"), report.interval(name, "leak")
+        figure.add_scatter(
+            x=[100 * across.mean], y=[100 * up.mean], mode="markers", name=name, row=1, col=2,
+            marker={"size": 12, "color": COLORS[number % len(COLORS)], "symbol": symbol(number), "line": {"width": 2}},
+            error_x=_bars(across), error_y=_bars(up), text=[f"{name}<br>robust {_spelled(across)}, leak {_spelled(up)}"],
+            hovertemplate="%{text}<extra></extra>",
+        )
+    figure.add_scatter(name="chosen", mode="markers", row=1, col=2, hoverinfo="skip",
+                       marker={"symbol": "circle-open", "size": 24, "color": COLORS[1], "line": {"width": 4}})
+    for row, name in ((2, "protected"), (3, "next layer")):
+        figure.add_trace(_named(pictures_of(np.ones((1, *_size(marks[name])))), name), row=row, col=1)
+    for number, name in enumerate(("robust accuracy", "training loss")):
+        figure.add_scatter(name=name, mode="lines+markers", line=line(number), marker={"symbol": symbol(number), "size": 8},
+                           showlegend=False, hovertemplate=f"{name}, epoch %{{x}}: %{{y:.3g}}<extra></extra>",
+                           row=2, col=2, secondary_y=bool(number))
+    figure.update_xaxes(title="share of samples protected", tickvals=list(range(len(fractions))),
+                        ticktext=[f"{f:.0%}" for f in fractions], row=1, col=1)
+    figure.update_yaxes(title="noise multiplier", tickvals=list(range(len(noises))), ticktext=[f"{s:g}" for s in noises],
+                        row=1, col=1)
+    figure.update_xaxes(title="robust accuracy, % (more is better)", row=1, col=2)
+    figure.update_yaxes(title="members found, % (less is better)", rangemode="tozero", row=1, col=2)
+    figure.update_xaxes(title="epoch", rangemode="tozero", row=2, col=2)
+    for number, name in enumerate(("robust on unseen, % (solid)", "training loss (dashed)")):
+        figure.update_yaxes(title={"text": name, "font": {"color": COLORS[number]}}, rangemode="tozero",
+                            showgrid=not number, tickmode="auto", nticks=6, row=2, col=2, secondary_y=bool(number))
+    for row in (2, 3):
+        axis = figure.get_subplot(row, 1).xaxis.plotly_name.replace("axis", "")
+        figure.update_xaxes(visible=False, row=row, col=1)
+        figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=axis, row=row, col=1)
+    figure.update_layout(legend={"font": {"size": TEXT - 2}, "x": 1.01, "y": 1.0})
+    return moved(_large(styled(figure, title=title, height=920)), marks)
+
+
+def demem_marks(
+    plane: Plane, chosen: Mapping, *, protected: np.ndarray, surfaced: np.ndarray, sliders: tuple[float, int] | None = None,
+    curve: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, dict]:
+    """{name of a trace: what it shows} at a position of the DeMem panel.
+
+    chosen: a row of `plane.points`. protected, surfaced: pictures [K, C, H, W], possibly none. sliders: noise multiplier and
+    number of samples at or above the threshold. curve: from `live.Curve.points`.
+    """
+    p = plane.points
+    noises, fractions = plane_axes(plane)
+
+    def spot(noise, count):
+        across = np.interp(np.asarray(count) / len(plane.scores), fractions, range(len(fractions)))
+        return {"x": np.atleast_1d(across).tolist(), "y": np.atleast_1d(np.interp(noise, noises, range(len(noises)))).tolist()}
+
+    def frontier(part):
+        words = [f"noise multiplier {s:.3g}, {c} protected" for s, c in zip(part["noise_multiplier"], part["protected"],
+                                                                           strict=True)]
+        return {"x": [100 * v for v in part["robust"]], "y": [percent_of(v) for v in part["leak"]], "text": words}
+
+    added = p[p["added"]]
+    return {
+        "trained here": spot(added["noise_multiplier"], added["protected"])
+        | {"text": [f"{100 * v:.1f}" for v in added["leak"]]},
+        "chosen on the map": spot(chosen["noise_multiplier"], chosen["protected"]),
+        "the sliders": spot(*sliders) if sliders else {"x": [], "y": []},
+        "plane, one seed": frontier(p[~p["added"]]), "trained here, one seed": frontier(added),
+        "chosen": {"x": [100 * chosen["robust"]], "y": [percent_of(chosen["leak"])]},
+        "protected": {"z": pictures_of(protected).z}, "next layer": {"z": pictures_of(surfaced).z},
+        **curve_marks(curve or {"epoch": [], "robust": [], "loss": []}),
+    }
+
+
+def curve_marks(curve: Mapping[str, Sequence[float]]) -> dict[str, dict]:
+    """The same for the live curve alone."""
+    return {
+        "robust accuracy": {"x": list(curve["epoch"]), "y": [100 * v for v in curve["robust"]]},
+        "training loss": {"x": list(curve["epoch"]), "y": list(curve["loss"])},
+    }
+
+
+def moved(figure: go.Figure, marks: Mapping[str, Mapping]) -> go.Figure:
+    """The figure with every trace of that name brought to its mark, in one message to the browser."""
+    with figure.batch_update():
+        for trace in figure.data:
+            if trace.name in marks:
+                trace.update(marks[trace.name])
+    return figure
+
+
+def plane_axes(plane: Plane) -> tuple[list[float], list[float]]:
+    """The noise multipliers and fractions of the first sweep, ascending."""
+    swept = plane.points[~plane.points["added"]]
+    return sorted(swept["noise_multiplier"].unique()), sorted(swept["fraction"].unique())
+
+
+def pictures_of(images: np.ndarray, *, columns: int = 8):
+    """The trace with pictures [K, C, H, W] side by side; a blank frame when there are none."""
+    blank = np.ones((PICTURES, *np.shape(images)[1:]))
+    blank[: len(images)] = images  # always the same number of places, so that pictures keep their size
+    return picture(mosaic(blank, columns=columns))
+
+
+def _named(trace, name: str):
+    return trace.update(name=name)
+
+
+def _size(mark: Mapping) -> tuple[int, int, int]:
+    return (3 if np.ndim(mark["z"]) == 3 else 1), 1, 1
+
+
+def _bars(interval) -> dict:
+    """Error bars that stay within 0 and 100 %: few seeds make intervals that reach beyond."""
+    low, high = (interval.mean if v is None else min(1.0, max(0.0, v)) for v in (interval.low, interval.high))
+    return {
+        "type": "data", "symmetric": False, "array": [100 * (high - interval.mean)],
+        "arrayminus": [100 * (interval.mean - low)], "thickness": 1.2,
+    }
+
+
+def _spelled(interval) -> str:
+    if interval.high is None:
+        return f"{100 * interval.mean:.1f} %"
+    return f"{100 * interval.mean:.1f} ± {100 * (interval.high - interval.mean):.1f} %"
+
+
+def _large(figure: go.Figure) -> go.Figure:
+    figure.update_annotations(font={"size": TEXT + 1})
+    return figure.update_layout(font={"size": TEXT})
+
+
+def _cell(points, sigma: float, fraction: float, column: str) -> float | None:
+    points = points[~points["added"]]
+    if fraction == 0:  # nobody protected: noise is not added, so the one trained point stands for the whole column
+        found = points[points["fraction"] == 0]
+    else:
+        found = points[(points["noise_multiplier"] == sigma) & (points["fraction"] == fraction)]
+    return percent_of(found[column].iloc[0]) if len(found) else None
