@@ -116,7 +116,7 @@ def demem_words(plane: Plane, chosen, *, noise_multiplier: float, risk_threshold
         )
     columns = {"everybody": "", "high risk": ", high risk", "the rest": ", rest"}
     table = _table(columns, {
-        "clean accuracy": [chosen["accuracy"], None, None],
+        "clean accuracy": [chosen["accuracy"], "", ""],
         "robust accuracy (by group: of members)": [chosen[f"robust{c}"] for c in columns.values()],
         f"members found at {plane.fpr:.0%} false positives": [chosen[f"leak{c}"] for c in columns.values()],
     })
@@ -134,10 +134,10 @@ def _payers(chosen: Mapping, plain: Mapping, groups: Sequence[str]) -> str:
         return f"{100 * (after - before):+.1f} points" + (f" ({100 * (after / before - 1):+.0f} %)" if before else "")
 
     return _table(["everybody", *groups], {
-        "clean accuracy": [chosen["accuracy"], *[None] * len(groups)],
+        "clean accuracy": [chosen["accuracy"], *[""] * len(groups)],
         "robust accuracy, unseen images": [chosen.get(f"robust{n}") for n in names],
         "… against training without privacy": [lost(f"robust{n}") for n in names],
-        f"members found at {chosen['fpr']:.0%} false positives": [chosen.get(f"leak{n}", math.nan) for n in names],
+        f"members found at {chosen['fpr']:.0%} false positives": [chosen.get(f"leak{n}") for n in names],
     })
 
 
@@ -145,7 +145,7 @@ def _table(columns: Sequence[str], rows: Mapping[str, Sequence]) -> str:
     def show(value) -> str:
         if isinstance(value, str):
             return value
-        return "" if value is None else "not resolved" if value != value else f"{100 * value:.1f} %"
+        return "not resolved" if value is None or value != value else f"{100 * value:.1f} %"
 
     body = "".join(
         f"<tr><th scope='row' style='text-align:left'>{label}</th>"

@@ -1,0 +1,296 @@
+"""The Budget panel against dp_accounting itself, the DeMem panel against the plane; training only where its button says so."""
+
+import re
+import threading
+from dataclasses import replace
+
+import dp_accounting as dp
+import numpy as np
+import pytest
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+from demem_lab import panels_privacy, training, views_privacy, words_privacy
+from demem_lab.accounting import NoGuarantee, budget
+from demem_lab.comparison import compare
+from demem_lab.experiment import profile
+from demem_lab.mechanisms import DPSGD, Drop
+from demem_lab.panels_privacy import BudgetPanel, DeMemPanel
+from demem_lab.store import Store
+from demem_lab.sweep import sweep, train_point
+from demem_lab.words_privacy import Setting, nearest_point, next_layer
+
+GROUPS = ("lowest half", "highest tenth")
+RATE, STEPS, DELTA = 64 / 898.5, 42, 1e-4
+NOISES, FRACTIONS = (0.0, 1.0, 3.0), (0.0, 0.1, 1.0)
+
+
+def text(panel):
+    return re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", panel.readout.value))
+
+
+def traces(panel):
+    return {trace.name: trace for trace in panel.figure.data}
+
+
+def event(sigma, rate, steps):
+    return dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(sigma)), steps)
+
+
+def point(sigma):
+    rng = np.random.default_rng(int(10 * sigma))
+    names = ["accuracy", "robust", "leak", *(f"{m}, {g}" for g in GROUPS for m in ("robust", "leak"))]
+    spent = budget(noise_multiplier=sigma, sampling_rate=RATE, steps=STEPS, delta=DELTA)
+    place = {"noise_multiplier": sigma, "fpr": 0.01, "budget": spent}
+    return place | dict(zip(names, rng.random(len(names)), strict=True)) | {"guarantee": f"promise {sigma:g}"}
+
+
+POINTS, PLAIN = [point(s) for s in (0.0, 0.5, 1.0, 3.0)], point(9.0)
+
+
+@pytest.fixture
+def budget_panel(monkeypatch):
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("the Budget panel must not train"))
+    return BudgetPanel(POINTS, PLAIN, batch_size=64, sampling_rate=RATE, steps=STEPS, delta=DELTA)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    small = profile("smoke").experiment(subset=120, epochs=2, progress=False)
+    return replace(small, store=Store(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def plane(lab):
+    return sweep(lab, noise_multipliers=NOISES, fractions=FRACTIONS, seed=0, lr_everybody=lab.rate_for_everybody)
+
+
+@pytest.fixture(scope="module")
+def report(lab, plane):
+    runs = [*lab.arm("none"), *lab.treat("drop", Drop, fraction=0.1), *lab.arm("DP for everybody", mechanism=DPSGD(1.0))]
+    return compare([run.part(slice(0, plane.models)) for run in runs], fpr=plane.fpr)
+
+
+def test_epsilon_follows_every_control_and_is_the_accountants(budget_panel):
+    panel = budget_panel
+    panel.noise.value = 0.8
+    for control, value in (("batch", 100), ("steps", 77), ("power", -6.0), ("noise", 2.3)):
+        getattr(panel, control).value = value
+        if panel._drawing:
+            panel._drawing.join(30)
+        sigma, rate = panel.noise.value, panel.batch.value / 898.5
+        ledger = RdpAccountant().compose(event(sigma, rate, panel.steps.value))
+        wanted = ledger.get_epsilon(10**panel.power.value)
+        assert f"epsilon ≤ {wanted:.3g}" in text(panel)
+        seen = traces(panel)
+        assert list(seen["your setting"].x) == [sigma] and seen["your setting"].y[0] == pytest.approx(wanted)
+        place = 5  # any point of the curve
+        there = RdpAccountant().compose(event(seen["RDP (upper bound)"].x[place], rate, panel.steps.value))
+        assert seen["RDP (upper bound)"].y[place] == pytest.approx(there.get_epsilon(10**panel.power.value))
+    panel.noise.value = 0.0
+    assert "No guarantee : no noise is added" in text(panel) and traces(panel)["your setting"].y[0] is None
+
+
+def test_pld_stands_at_trained_settings_and_elsewhere_on_demand(budget_panel):
+    panel = budget_panel
+    panel.noise.value = 1.0
+    tight = PLDAccountant().compose(event(1.0, RATE, STEPS)).get_epsilon(DELTA)
+    assert f"epsilon {tight:.3g} (PLD, tight)" in text(panel)
+    assert list(traces(panel)["PLD (tight)"].x) == [0.5, 1.0, 3.0]
+    panel.noise.value, panel.steps.value = 1.4, 50
+    assert "(PLD, tight)" not in text(panel) and list(traces(panel)["PLD (tight)"].x) == []
+    panel.seconds = 120
+    panel.button.click()
+    panel.job.join(120)
+    tight = PLDAccountant().compose(event(1.4, RATE, 50)).get_epsilon(DELTA)
+    assert f"epsilon {tight:.3g} (PLD, tight)" in text(panel) and not panel.button.disabled
+    assert traces(panel)["PLD (tight)"].y[0] == pytest.approx(tight)
+    panel.seconds, panel.noise.value = 0.01, 1.7
+    panel.button.click()
+    panel.job.join(30)
+    assert "not ready after 0.01 s" in panel.status.value and "(PLD, tight)" not in text(panel)
+
+
+def test_a_failing_accountant_is_shown(budget_panel, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("planted <failure>")
+
+    monkeypatch.setattr(panels_privacy.accounting, "budget_in_time", broken)
+    budget_panel.button.click()
+    budget_panel.job.join(10)
+    assert "planted &lt;failure&gt;" in budget_panel.status.value and not budget_panel.button.disabled
+    monkeypatch.setattr(panels_privacy.accounting, "epsilon_curve", broken)
+    budget_panel.batch.value = 70
+    budget_panel._drawing.join(10)
+    assert "planted &lt;failure&gt;" in budget_panel.status.value
+
+
+def test_measured_numbers_are_those_of_the_nearest_trained_point(budget_panel):
+    for asked, trained in ((0.0, 0), (0.2, 0), (0.3, 1), (0.8, 2), (1.0, 2), (2.4, 3), (6.0, 3)):
+        budget_panel.noise.value = asked
+        here, seen = POINTS[trained], traces(budget_panel)
+        assert f"promise {here['noise_multiplier']:g}" in text(budget_panel)
+        assert f"{100 * here['robust, highest tenth']:.1f} %" in text(budget_panel)
+        lost = 100 * (here["robust, lowest half"] - PLAIN["robust, lowest half"])
+        share = lost / PLAIN["robust, lowest half"]
+        assert f"{lost:+.1f} points ({share:+.0f} %)" in text(budget_panel)
+        assert list(seen["nearest trained 1"].x) == [trained] * 2 == list(seen["nearest trained 2"].x)
+        assert list(seen["with privacy"].y) == [100 * here[f"robust, {g}"] for g in GROUPS]
+        assert list(seen["without privacy"].y) == [100 * PLAIN[f"robust, {g}"] for g in GROUPS]
+        assert ("the nearest trained point" in text(budget_panel)) == (here["noise_multiplier"] != asked)
+    assert list(traces(budget_panel)["leak, highest tenth"].y) == [100 * p["leak, highest tenth"] for p in POINTS]
+
+
+def test_what_is_and_is_not_counted_is_said(budget_panel):
+    said = text(budget_panel)
+    assert "clip norm does not change epsilon" in said and "Accounted for: each single member" in said
+    assert "Not accounted for: the learning rate" in said
+    assert "It was trained with" not in said
+    budget_panel.steps.value += 1
+    assert "It was trained with batch size 64 and 42 steps" in text(budget_panel)
+
+
+def test_what_could_not_be_measured_is_not_a_number():
+    holes = [p | {"leak, highest tenth": None} for p in POINTS]
+    panel = BudgetPanel(holes, PLAIN, batch_size=64, sampling_rate=RATE, steps=STEPS, delta=DELTA)
+    assert "not resolved" in text(panel) and traces(panel)["leak, highest tenth"].y[0] is None
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_positions_that_do_not_exist(value):
+    with pytest.raises(ValueError, match="noise_multiplier"):
+        nearest_point(POINTS, value)
+
+
+def test_the_demem_panel_shows_the_nearest_trained_point(lab, plane, report, monkeypatch):
+    panel = DeMemPanel(lab, plane, report)
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("no training without the button"))
+    x, n = lab.dataset.x.numpy(), lab.dataset.n
+    for sigma, threshold in ((0.0, 0.05), (0.9, 0.04), (2.5, -1.0), (1.0, 9.0), (3.0, 0.06)):
+        panel.noise.value, panel.threshold.value = sigma, threshold
+        wanted = plane.nearest(noise_multiplier=panel.noise.value, risk_threshold=panel.threshold.value)
+        count, seen = int(wanted["protected"]), traces(panel)
+        assert wanted["guarantee"] in text(panel).replace("&gt;", ">") and f"the {count} riskiest" in text(panel)
+        assert ("Nobody is protected" in text(panel)) == (count == 0)
+        assert seen["chosen"].x[0] == pytest.approx(100 * wanted["robust"])
+        assert seen["chosen"].y[0] == pytest.approx(100 * wanted["leak"])
+        assert seen["chosen on the map"].x[0] == FRACTIONS.index(wanted["fraction"])
+        assert seen["chosen on the map"].y[0] == NOISES.index(wanted["noise_multiplier"])
+        above = (plane.scores >= panel.threshold.value).mean()
+        assert seen["the sliders"].x[0] == pytest.approx(np.interp(above, FRACTIONS, range(3)))
+        riskiest = sorted(range(n), key=lambda i: (-plane.scores[i], i))[:count]
+        shown = riskiest[::-1] if count <= 24 else [riskiest[::-1][round(k)] for k in np.linspace(0, count - 1, 24)]
+        assert np.array_equal(seen["protected"].z, views_privacy.pictures_of(x[shown]).z)
+        others = sorted(set(range(n)) - set(riskiest), key=lambda i: (-plane.after[wanted.name][i], i))[: count or n // 10]
+        assert np.array_equal(seen["next layer"].z, views_privacy.pictures_of(x[others[:24]]).z)
+
+
+def test_the_frontier_has_every_arm_with_its_interval_and_every_trained_point(lab, plane, report):
+    seen = traces(DeMemPanel(lab, plane, report))
+    for name in report.arms:
+        across, up = report.interval(name, "robust"), report.interval(name, "leak")
+        assert seen[name].x[0] == pytest.approx(100 * across.mean) and seen[name].y[0] == pytest.approx(100 * up.mean)
+        assert seen[name].error_y.array[0] == pytest.approx(100 * (min(1, up.high) - up.mean))
+        assert seen[name].error_x.arrayminus[0] == pytest.approx(100 * (across.mean - max(0, across.low)))
+    assert list(seen["plane, one seed"].x) == pytest.approx([100 * v for v in plane.points["robust"]])
+    assert len({(t.marker.color, t.marker.symbol) for t in (seen[a] for a in report.arms)}) == len(report.arms)
+
+
+def test_the_next_layer_counts_who_surfaced_and_its_control(plane):
+    for _, chosen in plane.points.iterrows():
+        found = next_layer(plane, chosen, risk_threshold=0.05)
+        protected = set(np.argsort(-plane.scores, kind="stable")[: int(chosen["protected"])])
+        cut = chosen["risk_threshold"] if np.isfinite(chosen["risk_threshold"]) else 0.05
+        free = [i for i in range(len(plane.scores)) if i not in protected]
+        assert found["above"] == sum(plane.after[chosen.name][i] >= cut for i in free)
+        assert found["control"] == sum(plane.after[0][i] >= cut for i in free) and found["outside"] == len(free)
+        words = words_privacy.demem_words(plane, chosen, noise_multiplier=1.0, risk_threshold=0.05)
+        assert ("there is no next layer" in words) == (not free)
+
+
+def test_the_button_trains_exactly_the_sliders_position(lab, plane, report):
+    panel = DeMemPanel(lab, plane, report)
+    panel.noise.value, panel.threshold.value = 1.7, 0.03
+    noise, threshold = panel.noise.value, panel.threshold.value
+    panel.train.click()
+    panel.noise.value = 0.2  # somebody plays on meanwhile
+    panel.job.join(60)
+    assert panel.job.outcome == "done" and "trained: noise multiplier 1.7" in panel.status.value
+    row, seen = panel.plane.points.iloc[-1], traces(panel)
+    assert (row["noise_multiplier"], row["protected"]) == (noise, (plane.scores >= threshold).sum()) and row["added"]
+    assert (panel.noise.value, panel.threshold.value) == (noise, threshold)  # it becomes the chosen one
+    assert seen["chosen"].x[0] == 100 * row["robust"] == seen["trained here, one seed"].x[0]
+    assert row["guarantee"] in text(panel) and seen["trained here"].text[0] == f"{100 * row['leak']:.1f}"
+    assert list(seen["robust accuracy"].y) == [100 * v for v in panel.curve.points()["robust"]]
+    assert list(seen["training loss"].x) == [1, 2] and panel.bar.value == 1
+    assert not panel.train.disabled and panel.cancel.disabled
+    panel.train.click()
+    panel.job.join(60)
+    assert "already on the chart" in panel.status.value and len(panel.plane.points) == len(plane.points) + 1
+    again = DeMemPanel(lab, plane, report)
+    again.noise.value, again.threshold.value = noise, threshold
+    again.train.click()
+    again.job.join(60)
+    assert "found in the store" in again.status.value
+    assert again.plane.points.iloc[-1].equals(row)
+
+
+def test_cancel_leaves_everything_as_it_was(lab, plane, report, monkeypatch):
+    panel = DeMemPanel(lab, plane, report)
+    panel.noise.value, panel.threshold.value = 2.2, 0.02
+    before, begun, go = panel.figure.to_dict(), threading.Event(), threading.Event()
+    real = panels_privacy.Curve.add
+
+    def slow(self, moment):
+        begun.set()
+        assert go.wait(30)
+        real(self, moment)
+
+    monkeypatch.setattr(panels_privacy.Curve, "add", slow)
+    panel.train.click()
+    assert begun.wait(30) and panel.train.disabled and not panel.cancel.disabled
+    panel.cancel.click()
+    go.set()
+    panel.job.join(30)
+    assert panel.job.outcome == "cancelled" and "cancelled" in panel.status.value
+    assert panel.plane is plane and not panel.train.disabled and panel.cancel.disabled
+    after = panel.figure.to_dict()
+    for old, new in zip(before["data"], after["data"], strict=True):
+        assert {k: str(v) for k, v in old.items()} == {k: str(v) for k, v in new.items()}
+    monkeypatch.undo()
+    panel.train.click()
+    panel.job.join(60)
+    fresh = replace(lab, store=Store(lab.store.root.parent / "elsewhere"))
+    noise, threshold = panel.position
+    wanted = train_point(fresh, plane, noise_multiplier=noise, risk_threshold=threshold)
+    assert panel.plane.points.iloc[-1].equals(wanted.points.iloc[-1])
+
+
+def test_a_training_that_fails_says_so(lab, plane, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("planted <failure>")
+
+    panel = DeMemPanel(lab, plane)
+    monkeypatch.setattr(panels_privacy, "train_point", broken)
+    panel.train.click()
+    panel.job.join(30)
+    assert "planted &lt;failure&gt;" in panel.status.value and panel.plane is plane and not panel.train.disabled
+
+
+def test_controls_are_named_and_each_has_a_number_box(lab, plane, budget_panel):
+    for panel in (DeMemPanel(lab, plane), budget_panel):
+        rows = [row for box in panel.widget.children for row in (box, *getattr(box, "children", ()))]
+        pairs = [r.children for r in rows if len(getattr(r, "children", ())) == 2 and hasattr(r.children[0], "readout")]
+        assert len(pairs) == (4 if panel is budget_panel else 2)
+        for slider, box in pairs:
+            assert slider.description and slider.tooltip == slider.description and not slider.continuous_update
+            box.value = box.min
+            assert slider.value == box.min and "aria-live" in panel.readout.value
+    panel = DeMemPanel(lab, plane)
+    assert all(b.description and b.tooltip for b in (panel.train, panel.cancel, budget_panel.button))
+
+
+def test_a_setting_is_what_epsilon_depends_on():
+    setting = Setting(1.0, 64, 898.5, STEPS, DELTA)
+    assert budget(**setting.asked) == POINTS[2]["budget"]
+    assert isinstance(budget(**replace(setting, noise_multiplier=0.0).asked), NoGuarantee)
