@@ -25,7 +25,7 @@ from demem_lab.data import Dataset
 from demem_lab.models import Network
 from demem_lab.validate import integer
 
-TELL_SECONDS = 0.2
+TELL_SECONDS = 0.25  # a browser that is told of every step does nothing else
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Curve:
 class Background:
     """One long task in a thread, which tells when it moved and how it ended.
 
-    task: called with a `Watch`. on_step: as there. on_change: called with this object after every epoch, a few times a second
-    while steps come in, and once at the end, from the threads that compute. outcome: None while it runs, then "done",
+    task: called with a `Watch`. on_step: as there. on_change: called with this object a few times a second while
+    steps come in, and once at the end, from the threads that compute. outcome: None while it runs, then "done",
     "cancelled" or "failed".
     """
 
@@ -142,7 +142,7 @@ class Background:
 
     def _step(self, moment: Moment) -> None:
         self._on_step(moment)
-        if moment.ends_epoch or time.monotonic() - self._told > TELL_SECONDS:
+        if time.monotonic() - self._told > TELL_SECONDS:
             self._told = time.monotonic()
             self._on_change(self)
 

@@ -27,18 +27,29 @@ from demem_lab.controls import Panel, number, whole
 from demem_lab.experiment import Experiment
 from demem_lab.live import Background, Curve
 from demem_lab.sweep import Plane, train_point
-from demem_lab.words_privacy import Setting, budget_words, demem_words, nearest_point, next_layer
+from demem_lab.words_privacy import (
+    Setting,
+    budget_details,
+    budget_words,
+    demem_details,
+    demem_words,
+    nearest_point,
+    next_layer,
+)
 
 PLD_SECONDS = 20
 CURVE_POINTS = 16
 
 
 class _Threaded(Panel):
-    """A panel that threads write to as well as controls: one at a time."""
+    """A panel that threads write to as well as controls, one at a time; with `details` to read below the figure."""
 
     def __init__(self, controls, boxes, figure) -> None:
         self._lock = threading.RLock()
+        self.details = widgets.HTML()
         super().__init__(controls, boxes, figure)
+        self.figure._config = {**self.figure._config, "responsive": True}  # else 700 pixels, whatever the screen
+        self.widget.children = (*self.widget.children, self.details)
 
     def _changed(self, change) -> None:
         with self._lock:
@@ -86,16 +97,17 @@ class BudgetPanel(_Threaded):
     @property
     def setting(self) -> Setting:
         """Where the controls stand."""
-        delta = float(f"{10**self.power.value:.3g}")  # as one writes it: 1e-4, not its neighbour
+        delta = 10**self.power.value
+        if math.isclose(delta, float(f"{delta:.3g}")):
+            delta = float(f"{delta:.3g}")  # as one writes it: 1e-4, not its neighbour
         return Setting(self.noise.value, self.batch.value, self.members, self.steps.value, delta)
 
     def update(self) -> str:
         views_privacy.moved(self.figure, self.marks())
         chosen = self.points[nearest_point(self.points, self.noise.value)]
         loose = accounting.budget(**self.setting.asked, accountant="RDP")
-        return budget_words(
-            self.setting, loose, self.tight.get(self.setting), chosen, self.plain, self.groups, trained=self.trained
-        )
+        self.details.value = budget_details(chosen, self.plain, self.groups)
+        return budget_words(self.setting, loose, self.tight.get(self.setting), chosen, trained=self.trained)
 
     def marks(self, noise_multiplier: float | None = None) -> dict[str, dict]:
         """What the figure shows where the controls stand, or at another noise multiplier."""
@@ -184,8 +196,8 @@ class DeMemPanel(_Threaded):
         self.bar = widgets.FloatProgress(min=0.0, max=1.0, description="trained", layout={"width": "300px"})
         self.status = widgets.HTML()
         figure = views_privacy.demem_view(plane, report, self.marks(self._chosen()))
-        buttons = widgets.HBox([self.train, self.cancel, self.bar, self.status])
-        super().__init__((self.noise, self.threshold), (first, second, buttons), figure)
+        buttons = widgets.HBox([self.train, self.cancel, self.bar])
+        super().__init__((self.noise, self.threshold), (first, second, buttons, self.status), figure)
 
     def _chosen(self):
         return self.plane.nearest(noise_multiplier=self.noise.value, risk_threshold=self.threshold.value)
@@ -205,7 +217,9 @@ class DeMemPanel(_Threaded):
     def update(self) -> str:
         chosen = self._chosen()
         views_privacy.moved(self.figure, self.marks(chosen, self._sliders()))
-        return demem_words(self.plane, chosen, noise_multiplier=self.noise.value, risk_threshold=self.threshold.value)
+        where = {"noise_multiplier": self.noise.value, "risk_threshold": self.threshold.value}
+        self.details.value = demem_details(self.plane, chosen, risk_threshold=where["risk_threshold"])
+        return demem_words(self.plane, chosen, **where)
 
     def _new_curve(self) -> Curve:
         return Curve(self.lab.dataset, attack=replace(self.lab.attack, random_start=False))

@@ -31,9 +31,9 @@ def budget_view(
     (None where it could not be measured), ascending. marks: from `budget_marks`, where everything that moves is.
     """
     figure = make_subplots(
-        rows=2, cols=2, horizontal_spacing=0.12, vertical_spacing=0.2,
-        subplot_titles=("what is promised: epsilon, for any setting", "what is kept (unseen images), where trained",
-                        "who pays: robust accuracy by risk group", "what leaks: members found, where trained"),
+        rows=2, cols=2, horizontal_spacing=0.13, vertical_spacing=0.36,
+        subplot_titles=("promised: epsilon, for any setting", "kept (unseen images), where trained",
+                        "who pays: robust accuracy by group", "leaks: members found, where trained"),
     )
     figure.add_scatter(name="RDP (upper bound)", mode="lines", line=line(0), row=1, col=1,
                        hovertemplate="noise multiplier %{x:.2f}: epsilon ≤ %{y:.3g}<extra>RDP</extra>")
@@ -50,7 +50,7 @@ def budget_view(
             look = number + (row == 2)  # the same colour for the same people on both sides
             figure.add_scatter(
                 x=place, y=[percent_of(p.get(name)) for p in points], mode="lines+markers", name=name, line=line(look),
-                marker={"size": 9, "symbol": symbol(look)}, row=row, col=2, legendgroup=f"kept {row}",
+                marker={"size": 9, "symbol": symbol(look)}, row=row, col=2,
                 hovertemplate=f"{name}: %{{y:.1f}} %<extra></extra>", legend=("legend2", "legend3")[row - 1],
             )
         figure.add_scatter(name=f"nearest trained {row}", mode="lines", line={"color": GREY, "dash": "dash", "width": 3},
@@ -69,14 +69,10 @@ def budget_view(
                             title="trained noise multiplier", row=row, col=2)
         figure.update_yaxes(ticksuffix=" %", rangemode="tozero", row=row, col=2)
     figure.update_yaxes(range=[0, 112], ticksuffix=" %", row=2, col=1)
-    legends = {"legend": (0.44, 1.0, "right"), "legend2": (1.01, 1.0, "left"), "legend3": (1.01, 0.4, "left"),
-               "legend4": (0.22, -0.06, "center")}
-    look = {"font": {"size": TEXT - 2}, "yanchor": "top", "bgcolor": "rgba(255,255,255,0.75)"}
-    figure.update_layout(
-        barmode="group", **{n: {"x": x, "y": y, "xanchor": a, **look} for n, (x, y, a) in legends.items()}
-    )
-    figure.update_layout(legend4={"orientation": "h"})
-    return moved(_large(styled(figure, title=title, height=720)), marks)
+    places = {"legend": (0.22, 0.56), "legend2": (0.79, 0.56), "legend3": (0.79, -0.12), "legend4": (0.22, -0.12)}
+    look = {"font": {"size": TEXT - 2}, "xanchor": "center", "yanchor": "top", "orientation": "h", "entrywidth": 125}
+    figure.update_layout(barmode="group", **{name: {"x": x, "y": y, **look} for name, (x, y) in places.items()})
+    return moved(_large(styled(figure, title=title, height=760)), marks)
 
 
 def budget_marks(
@@ -114,11 +110,12 @@ def demem_view(
     alone. marks: from `demem_marks`.
     """
     figure = make_subplots(
-        rows=3, cols=2, row_heights=[0.56, 0.22, 0.22], column_widths=[0.46, 0.54], vertical_spacing=0.11,
-        horizontal_spacing=0.12, specs=[[{}, {}], [{}, {"rowspan": 2, "secondary_y": True}], [{}, None]],
-        subplot_titles=("who leaks: members found, %", "what it costs: all arms and all trained points",
-                        "protected: the riskiest last", "live training, epoch by epoch",
-                        "the next layer: unprotected, riskiest first"),
+        rows=4, cols=2, row_heights=[0.5, 0.06, 0.22, 0.22], column_widths=[0.46, 0.54], vertical_spacing=0.08,
+        horizontal_spacing=0.14,  # the empty row is for the legend
+        specs=[[{}, {}], [None, None], [{}, {"rowspan": 2, "secondary_y": True}], [{}, None]],
+        subplot_titles=("who leaks: members found, %", "what it costs: all arms and points",
+                        "protected: the riskiest last", "live training, once the button is pressed",
+                        "next layer: unprotected, riskiest first"),
     )
     noises, fractions = plane_axes(plane)
     grid = [[_cell(plane.points, s, f, "leak") for f in fractions] for s in noises]
@@ -130,7 +127,7 @@ def demem_view(
     for name, mode, look in (
         ("trained here", "markers+text", {"symbol": "star", "size": 22, "color": COLORS[4], "line": {"width": 1}}),
         ("chosen on the map", "markers", {"symbol": "square-open", "size": 42, "color": COLORS[1], "line": {"width": 5}}),
-        ("the sliders", "markers", {"symbol": "cross-thin", "size": 18, "line": {"width": 4, "color": "black"}}),
+        ("the sliders", "markers", {"symbol": "diamond-open", "size": 36, "color": "black", "line": {"width": 3}}),
     ):
         figure.add_scatter(name=name, mode=mode, marker=look, showlegend=False, row=1, col=1, textposition="bottom center",
                            hoverinfo="text" if name == "trained here" else "skip")
@@ -148,28 +145,31 @@ def demem_view(
         )
     figure.add_scatter(name="chosen", mode="markers", row=1, col=2, hoverinfo="skip",
                        marker={"symbol": "circle-open", "size": 24, "color": COLORS[1], "line": {"width": 4}})
-    for row, name in ((2, "protected"), (3, "next layer")):
+    for row, name in ((3, "protected"), (4, "next layer")):
         figure.add_trace(_named(pictures_of(np.ones((1, *_size(marks[name])))), name), row=row, col=1)
     for number, name in enumerate(("robust accuracy", "training loss")):
         figure.add_scatter(name=name, mode="lines+markers", line=line(number), marker={"symbol": symbol(number), "size": 8},
                            showlegend=False, hovertemplate=f"{name}, epoch %{{x}}: %{{y:.3g}}<extra></extra>",
-                           row=2, col=2, secondary_y=bool(number))
+                           row=3, col=2, secondary_y=bool(number))
     figure.update_xaxes(title="share of samples protected", tickvals=list(range(len(fractions))),
                         ticktext=[f"{f:.0%}" for f in fractions], row=1, col=1)
     figure.update_yaxes(title="noise multiplier", tickvals=list(range(len(noises))), ticktext=[f"{s:g}" for s in noises],
                         row=1, col=1)
     figure.update_xaxes(title="robust accuracy, % (more is better)", row=1, col=2)
     figure.update_yaxes(title="members found, % (less is better)", rangemode="tozero", row=1, col=2)
-    figure.update_xaxes(title="epoch", rangemode="tozero", row=2, col=2)
+    figure.update_xaxes(title="epoch", rangemode="tozero", row=3, col=2)
     for number, name in enumerate(("robust on unseen, % (solid)", "training loss (dashed)")):
         figure.update_yaxes(title={"text": name, "font": {"color": COLORS[number]}}, rangemode="tozero",
-                            showgrid=not number, tickmode="auto", nticks=6, row=2, col=2, secondary_y=bool(number))
-    for row in (2, 3):
+                            showgrid=not number, tickmode="auto", nticks=6, row=3, col=2, secondary_y=bool(number))
+    for row in (3, 4):
         axis = figure.get_subplot(row, 1).xaxis.plotly_name.replace("axis", "")
         figure.update_xaxes(visible=False, row=row, col=1)
         figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=axis, row=row, col=1)
-    figure.update_layout(legend={"font": {"size": TEXT - 2}, "x": 1.01, "y": 1.0})
-    return moved(_large(styled(figure, title=title, height=920)), marks)
+    figure.update_layout(legend={
+        "font": {"size": TEXT - 2}, "orientation": "h", "x": 0.5, "xanchor": "center", "y": 0.545, "yanchor": "top",
+        "entrywidth": 125,
+    })
+    return moved(_large(styled(figure, title=title, height=1000)), marks)
 
 
 def demem_marks(
@@ -261,7 +261,8 @@ def _spelled(interval) -> str:
 
 def _large(figure: go.Figure) -> go.Figure:
     figure.update_annotations(font={"size": TEXT + 1})
-    return figure.update_layout(font={"size": TEXT})
+    figure.update_xaxes(title={"font": {"size": TEXT}}).update_yaxes(title={"font": {"size": TEXT}})
+    return figure.update_layout(font={"size": TEXT}, autosize=True)
 
 
 def _cell(points, sigma: float, fraction: float, column: str) -> float | None:

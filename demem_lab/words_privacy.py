@@ -19,6 +19,8 @@ from demem_lab.accounting import Budget, NoGuarantee
 from demem_lab.sweep import Plane
 from demem_lab.validate import finite
 
+COMMON = 8.0  # the largest epsilon that is often called a promise
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -65,8 +67,7 @@ def next_layer(plane: Plane, point, *, risk_threshold: float) -> dict:
 
 
 def budget_words(
-    setting: Setting, loose: Budget | NoGuarantee, tight: Budget | NoGuarantee | None, chosen: Mapping, plain: Mapping,
-    groups: Sequence[str], *, trained: Setting,
+    setting: Setting, loose: Budget | NoGuarantee, tight: Budget | NoGuarantee | None, chosen: Mapping, *, trained: Setting
 ) -> str:
     """The read-out of the Budget panel, as HTML. loose: by RDP; tight: by PLD where it is known; chosen: of the points."""
     rate = setting.batch_size / setting.members
@@ -81,16 +82,24 @@ def budget_words(
     elsewhere = ""
     if (setting.batch_size, setting.steps) != (trained.batch_size, trained.steps):
         elsewhere = (
-            f" It was trained with batch size {trained.batch_size} and {trained.steps:,} steps: the other controls change the "
-            "promise above, not these numbers."
+            f"It was trained with batch size {trained.batch_size} and {trained.steps:,} steps: the other controls change the "
+            "promise, not what was measured."
         )
     return (
-        f"<p>{rate}, {setting.steps:,} steps, noise multiplier {setting.noise_multiplier:.3g}: {promise}</p>"
-        "<p><b>The clip norm does not change epsilon</b>: the noise is noise multiplier × clip norm, so both grow together. "
-        "Accounted for: each single member (added or removed), all steps of one training. Not accounted for: the learning "
-        "rate chosen on the same data, and any further model trained on it.</p>"
-        f"<p>{_asked(setting.noise_multiplier, chosen)}{elsewhere}</p>{_payers(chosen, plain, groups)}"
-        f"<p>There: {html.escape(chosen['guarantee'])}</p>"
+        f"{rate}, {setting.steps:,} steps, noise multiplier {setting.noise_multiplier:.3g}: {promise} "
+        "<b>The clip norm does not change epsilon</b>: the noise is noise multiplier × clip norm, so both grow together.<br>"
+        f"{_asked(setting.noise_multiplier, chosen)}There, robust accuracy {_percent(chosen['robust'])}, members found "
+        f"{_percent(chosen['leak'])}. {elsewhere}"
+    )
+
+
+def budget_details(chosen: Mapping, plain: Mapping, groups: Sequence[str]) -> str:
+    """Who pays at the chosen trained point, what is promised there, and what no epsilon covers; as HTML."""
+    return (
+        f"<p>Trained at noise multiplier {chosen['noise_multiplier']:.3g}, one seed:</p>{_payers(chosen, plain, groups)}"
+        f"<p><b>The promise there.</b> {html.escape(chosen['guarantee'])}</p>"
+        "<p>Accounted for: each single member (added or removed), all steps of one training. Not accounted for: the "
+        "learning rate chosen on the same data, and any further model trained on it.</p>"
     )
 
 
@@ -98,14 +107,20 @@ def demem_words(plane: Plane, chosen, *, noise_multiplier: float, risk_threshold
     """The read-out of the DeMem panel, as HTML. chosen: a row of `plane.points`."""
     n, count = len(plane.scores), int(chosen["protected"])
     wanted = int((plane.scores >= risk_threshold).sum())
-    layer = next_layer(plane, chosen, risk_threshold=risk_threshold)
     asked = _asked(noise_multiplier, chosen)
     if not count:
         asked = "<b>Nobody is protected</b>: no noise is added, whatever the slider says. "
-    who = (
+    return (
         f"At or above threshold {risk_threshold:.3g} lie {wanted:,} of {n:,} samples; "
-        f"{'trained' if wanted == count else 'nearest trained set'}: the <b>{count:,}</b> riskiest. "
+        f"{'trained' if wanted == count else 'nearest trained set'}: the <b>{count:,}</b> riskiest. {asked}"
+        f"There, robust accuracy <b>{_percent(chosen['robust'])}</b>, members found <b>{_percent(chosen['leak'])}</b>.<br>"
+        f"<b>The promise.</b> {html.escape(chosen['guarantee'])}"
     )
+
+
+def demem_details(plane: Plane, chosen, *, risk_threshold: float) -> str:
+    """The numbers by group, and the next layer of the onion; as HTML."""
+    layer = next_layer(plane, chosen, risk_threshold=risk_threshold)
     if not layer["outside"]:
         onion = "Everybody is protected: there is no next layer."
     else:
@@ -120,8 +135,7 @@ def demem_words(plane: Plane, chosen, *, noise_multiplier: float, risk_threshold
         "robust accuracy (by group: of members)": [chosen[f"robust{c}"] for c in columns.values()],
         f"members found at {plane.fpr:.0%} false positives": [chosen[f"leak{c}"] for c in columns.values()],
     })
-    promise = f"<p><b>The promise.</b> {html.escape(chosen['guarantee'])}</p>"
-    return f"<p>{who}{asked}</p>{table}<p>{onion}</p>{promise}"
+    return f"<p>{onion}</p>{table}"
 
 
 def _payers(chosen: Mapping, plain: Mapping, groups: Sequence[str]) -> str:
@@ -136,24 +150,24 @@ def _payers(chosen: Mapping, plain: Mapping, groups: Sequence[str]) -> str:
     return _table(["everybody", *groups], {
         "clean accuracy": [chosen["accuracy"], *[""] * len(groups)],
         "robust accuracy, unseen images": [chosen.get(f"robust{n}") for n in names],
-        "… against training without privacy": [lost(f"robust{n}") for n in names],
+        "… against no privacy": [lost(f"robust{n}") for n in names],
         f"members found at {chosen['fpr']:.0%} false positives": [chosen.get(f"leak{n}") for n in names],
     })
 
 
 def _table(columns: Sequence[str], rows: Mapping[str, Sequence]) -> str:
-    def show(value) -> str:
-        if isinstance(value, str):
-            return value
-        return "not resolved" if value is None or value != value else f"{100 * value:.1f} %"
-
+    right = "style='padding:0 0.6em;text-align:right;white-space:nowrap'"
     body = "".join(
-        f"<tr><th scope='row' style='text-align:left'>{label}</th>"
-        + "".join(f"<td style='padding:0 1em;text-align:right'>{show(v)}</td>" for v in values) + "</tr>"
+        f"<tr><th scope='row' style='text-align:left;white-space:nowrap'>{label}</th>"
+        + "".join(f"<td {right}>{v if isinstance(v, str) else _percent(v)}</td>" for v in values) + "</tr>"
         for label, values in rows.items()
     )
-    head = "".join(f"<th scope='col' style='padding:0 1em;text-align:right'>{name}</th>" for name in columns)
+    head = "".join(f"<th scope='col' style='padding:0 0.6em;text-align:right'>{name}</th>" for name in columns)
     return f"<table><tr><td></td>{head}</tr>{body}</table>"
+
+
+def _percent(value) -> str:
+    return "not resolved" if value is None or value != value else f"{100 * value:.1f} %"
 
 
 def _asked(noise: float, point: Mapping) -> str:
@@ -166,6 +180,8 @@ def _asked(noise: float, point: Mapping) -> str:
 def _strength(epsilon: float) -> str:
     if epsilon > accounting.VACUOUS:
         return "So large a number says nothing."
+    if epsilon > COMMON:
+        return f"That is weak: one member may change the odds of an outcome by a factor of exp({epsilon:.3g})."
     times = math.exp(epsilon)
     times = f"{times:.3g}" if times < 100 else f"{float(f'{times:.2g}'):,.0f}"
     return f"No outcome becomes more than {times} times likelier by one member, except with that probability."

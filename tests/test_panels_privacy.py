@@ -26,7 +26,7 @@ NOISES, FRACTIONS = (0.0, 1.0, 3.0), (0.0, 0.1, 1.0)
 
 
 def text(panel):
-    return re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", panel.readout.value))
+    return re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", panel.readout.value + panel.details.value))
 
 
 def traces(panel):
@@ -204,7 +204,7 @@ def test_the_next_layer_counts_who_surfaced_and_its_control(plane):
         free = [i for i in range(len(plane.scores)) if i not in protected]
         assert found["above"] == sum(plane.after[chosen.name][i] >= cut for i in free)
         assert found["control"] == sum(plane.after[0][i] >= cut for i in free) and found["outside"] == len(free)
-        words = words_privacy.demem_words(plane, chosen, noise_multiplier=1.0, risk_threshold=0.05)
+        words = words_privacy.demem_details(plane, chosen, risk_threshold=0.05)
         assert ("there is no next layer" in words) == (not free)
 
 
