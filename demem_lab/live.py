@@ -25,7 +25,7 @@ from demem_lab.data import Dataset
 from demem_lab.models import Network
 from demem_lab.validate import integer
 
-TELL_SECONDS = 0.25  # a browser that is told of every step does nothing else
+TELL_SECONDS = 0.5  # a browser that is told of every step does nothing else
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,8 @@ class Curve:
 class Background:
     """One long task in a thread, which tells when it moved and how it ended.
 
-    task: called with a `Watch`. on_step: as there. on_change: called with this object a few times a second while
-    steps come in, and once at the end, from the threads that compute. outcome: None while it runs, then "done",
-    "cancelled" or "failed".
+    task: called with a `Watch`. on_step: as there. on_change: called with this object twice a second while steps come in,
+    and once at the end, from the threads that compute. outcome: None while it runs, then "done", "cancelled" or "failed".
     """
 
     def __init__(

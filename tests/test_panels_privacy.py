@@ -10,7 +10,7 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-from demem_lab import panels_privacy, training, views_privacy, words_privacy
+from demem_lab import controls, panels_privacy, training, views_privacy, words_privacy
 from demem_lab.accounting import NoGuarantee, budget
 from demem_lab.comparison import compare
 from demem_lab.experiment import profile
@@ -23,6 +23,11 @@ from demem_lab.words_privacy import Setting, nearest_point, next_layer
 GROUPS = ("lowest half", "highest tenth")
 RATE, STEPS, DELTA = 64 / 898.5, 42, 1e-4
 NOISES, FRACTIONS = (0.0, 1.0, 3.0), (0.0, 0.1, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def no_earlier_positions(monkeypatch):
+    monkeypatch.setattr(controls, "_positions", {})
 
 
 def text(panel):
@@ -280,7 +285,7 @@ def test_a_training_that_fails_says_so(lab, plane, monkeypatch):
 def test_controls_are_named_and_each_has_a_number_box(lab, plane, budget_panel):
     for panel in (DeMemPanel(lab, plane), budget_panel):
         rows = [row for box in panel.widget.children for row in (box, *getattr(box, "children", ()))]
-        pairs = [r.children for r in rows if len(getattr(r, "children", ())) == 2 and hasattr(r.children[0], "readout")]
+        pairs = [r.children for r in rows if "demem-control" in getattr(r, "_dom_classes", ())]
         assert len(pairs) == (4 if panel is budget_panel else 2)
         for slider, box in pairs:
             assert slider.description and slider.tooltip == slider.description and not slider.continuous_update
@@ -288,6 +293,13 @@ def test_controls_are_named_and_each_has_a_number_box(lab, plane, budget_panel):
             assert slider.value == box.min and "aria-live" in panel.readout.value
     panel = DeMemPanel(lab, plane)
     assert all(b.description and b.tooltip for b in (panel.train, panel.cancel, budget_panel.button))
+
+
+def test_a_panel_made_again_stands_where_the_last_one_stood(lab, plane):
+    panel = DeMemPanel(lab, plane)
+    panel.noise.value, panel.threshold.value = 2.6, 0.02
+    again = DeMemPanel(lab, plane)
+    assert (again.noise.value, again.threshold.value) == (2.6, 0.02) and text(again) == text(panel)
 
 
 def test_a_setting_is_what_epsilon_depends_on():

@@ -30,7 +30,7 @@ TRACES = """panel => {
         found[t.name] = {x: list(t.x), y: list(t.y), rows: t.z ? t.z.length : 0};
     return found;
 }"""
-UNNAMED = """panel => Array.from(panel.querySelectorAll('button, input, select'))
+UNNAMED = """panel => Array.from(panel.querySelectorAll('button, input, [role=slider], select'))
     .filter(e => e.offsetParent !== null && !(e.getAttribute('aria-label') || e.textContent.trim()
         || (e.labels && e.labels.length && e.labels[0].textContent.trim())))
     .map(e => e.outerHTML.slice(0, 200))"""
@@ -86,9 +86,9 @@ class Shown:
 
     def picture(self, name):
         PICTURES.mkdir(parents=True, exist_ok=True)
-        self.panel.scroll_into_view_if_needed()
+        self.panel.evaluate("panel => panel.scrollIntoView()")
         self.page.wait_for_timeout(500)
-        self.panel.screenshot(path=PICTURES / f"{name}.png")
+        self.page.screenshot(path=PICTURES / f"{name}.png")  # of the page: a panel that trains never stands still
 
 
 def opened(tmp_path):
