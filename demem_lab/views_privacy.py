@@ -31,9 +31,9 @@ def budget_view(
     (None where it could not be measured), ascending. marks: from `budget_marks`, where everything that moves is.
     """
     figure = make_subplots(
-        rows=2, cols=2, horizontal_spacing=0.13, vertical_spacing=0.36,
+        rows=2, cols=2, horizontal_spacing=0.13, vertical_spacing=0.34,
         subplot_titles=("promised: epsilon, for any setting", "kept (unseen images), where trained",
-                        "who pays: robust accuracy by group", "leaks: members found, where trained"),
+                        "who pays: robust accuracy by group", "leaks: members found (looks as above)"),
     )
     figure.add_scatter(name="RDP (upper bound)", mode="lines", line=line(0), row=1, col=1,
                        hovertemplate="noise multiplier %{x:.2f}: epsilon ≤ %{y:.3g}<extra>RDP</extra>")
@@ -51,13 +51,13 @@ def budget_view(
             figure.add_scatter(
                 x=place, y=[percent_of(p.get(name)) for p in points], mode="lines+markers", name=name, line=line(look),
                 marker={"size": 9, "symbol": symbol(look)}, row=row, col=2,
-                hovertemplate=f"{name}: %{{y:.1f}} %<extra></extra>", legend=("legend2", "legend3")[row - 1],
+                hovertemplate=f"{name}: %{{y:.1f}} %<extra></extra>", showlegend=row == 1,
             )
         figure.add_scatter(name=f"nearest trained {row}", mode="lines", line={"color": GREY, "dash": "dash", "width": 3},
                            row=row, col=2, showlegend=False, hoverinfo="skip")
     for number, name in enumerate(("without privacy", "with privacy")):
         figure.add_bar(
-            name=name, row=2, col=1, texttemplate="%{y:.0f}", textposition="outside", legend="legend4",
+            name=name, row=2, col=1, texttemplate="%{y:.0f}", textposition="outside",
             marker={"color": (GREY, COLORS[2])[number], "pattern": {"shape": ("", "/")[number]}},
             hovertemplate=f"{name}, %{{x}}: %{{y:.1f}} %<extra></extra>",
         )
@@ -69,10 +69,8 @@ def budget_view(
                             title="trained noise multiplier", row=row, col=2)
         figure.update_yaxes(ticksuffix=" %", rangemode="tozero", row=row, col=2)
     figure.update_yaxes(range=[0, 112], ticksuffix=" %", row=2, col=1)
-    places = {"legend": (0.22, 0.56), "legend2": (0.79, 0.56), "legend3": (0.79, -0.12), "legend4": (0.22, -0.12)}
-    look = {"font": {"size": TEXT - 2}, "xanchor": "center", "yanchor": "top", "orientation": "h", "entrywidth": 125}
-    figure.update_layout(barmode="group", **{name: {"x": x, "y": y, **look} for name, (x, y) in places.items()})
-    return moved(_large(styled(figure, title=title, height=760)), marks)
+    figure.update_layout(barmode="group", legend=_below(0.54))
+    return moved(_large(styled(figure, title=title, height=720)), marks)
 
 
 def budget_marks(
@@ -110,7 +108,7 @@ def demem_view(
     alone. marks: from `demem_marks`.
     """
     figure = make_subplots(
-        rows=4, cols=2, row_heights=[0.5, 0.06, 0.22, 0.22], column_widths=[0.46, 0.54], vertical_spacing=0.08,
+        rows=4, cols=2, row_heights=[0.48, 0.08, 0.22, 0.22], column_widths=[0.46, 0.54], vertical_spacing=0.08,
         horizontal_spacing=0.14,  # the empty row is for the legend
         specs=[[{}, {}], [None, None], [{}, {"rowspan": 2, "secondary_y": True}], [{}, None]],
         subplot_titles=("who leaks: members found, %", "what it costs: all arms and points",
@@ -165,10 +163,7 @@ def demem_view(
         axis = figure.get_subplot(row, 1).xaxis.plotly_name.replace("axis", "")
         figure.update_xaxes(visible=False, row=row, col=1)
         figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=axis, row=row, col=1)
-    figure.update_layout(legend={
-        "font": {"size": TEXT - 2}, "orientation": "h", "x": 0.5, "xanchor": "center", "y": 0.545, "yanchor": "top",
-        "entrywidth": 125,
-    })
+    figure.update_layout(legend=_below(0.55))
     return moved(_large(styled(figure, title=title, height=1000)), marks)
 
 
@@ -234,6 +229,14 @@ def pictures_of(images: np.ndarray, *, columns: int = 8):
     blank = np.ones((PICTURES, *np.shape(images)[1:]))
     blank[: len(images)] = images  # always the same number of places, so that pictures keep their size
     return picture(mosaic(blank, columns=columns))
+
+
+def _below(y: float) -> dict:
+    """A legend between the first row of plots and the second."""
+    return {
+        "font": {"size": TEXT - 2}, "orientation": "h", "x": 0.5, "xanchor": "center", "y": y, "yanchor": "top",
+        "entrywidth": 135,
+    }
 
 
 def _named(trace, name: str):
