@@ -98,7 +98,7 @@ class LeakPanel(Panel):
         fewest = min(int((~run.members).sum(1).min()) for run in self.runs.values())
         self.fpr = finest_fpr(fewest) if fpr is None else fpr
         self._known: dict[tuple[str, ...], np.ndarray] = {}
-        self.model = _dropdown("model", list(self.runs), start=list(self.runs)[-1])
+        self.model = _dropdown("model", list(self.runs))
         self.query = _dropdown("asked about", ["attacked images", "clean images"])
         self.signal = _dropdown("signal", list(answers.READ), start="logit margin")
         self.attack = _dropdown("attack", list(answers.MEMBERSHIP))

@@ -53,11 +53,11 @@ def attack_view(path: AttackPath, classes: Sequence[str], *, title: str = "") ->
     for annotation, text in zip(figure.layout.annotations[:3], captions, strict=True):
         annotation.text = text
     for column, anchor in ((1, "x"), (2, "x2"), (3, "x3")):
-        figure.update_xaxes(visible=False, row=1, col=column, constrain="domain")
-        figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=anchor, row=1, col=column)
+        _frame(figure, anchor, row=1, col=column)
+    figure.update_layout(legend={"orientation": "h", "y": -0.17, "x": 0, "yanchor": "top"})
     figure.update_xaxes(title="step of the attack", row=2, col=1, rangemode="tozero", tickformat="d")
     figure.update_yaxes(title="probability", range=[-0.03, 1.03], tickformat=".0%", row=2, col=1)
-    return _large(styled(figure, title=title, height=620), top=85 if not title else 125)
+    return _large(styled(figure, title=title, height=660), top=125 if title else 70)
 
 
 def leak_view(answers: Mapping[str, Leak], chosen: str, *, title: str = "") -> go.Figure:
@@ -66,44 +66,45 @@ def leak_view(answers: Mapping[str, Leak], chosen: str, *, title: str = "") -> g
     The measures stand side by side: accuracy, which flatters, and members found at few false positives.
     """
     leak = answers[chosen]
+    rate = f"{100 * leak.fpr:g} %"
     figure = make_subplots(
-        rows=2, cols=2, row_heights=[0.68, 0.32], vertical_spacing=0.24, horizontal_spacing=0.15,
-        subplot_titles=("scores of one target", "its ROC, both axes logarithmic",
-                        "misleading: accuracy", f"honest: members found at {leak.fpr:.1%} false"),
+        rows=2, cols=2, row_heights=[0.68, 0.32], vertical_spacing=0.22, horizontal_spacing=0.15,
+        subplot_titles=("scores of one target", "its ROC, both axes logarithmic", "misleading: best accuracy",
+                        f"honest: members found at {rate} false positives"),
     )
     middle, width = (leak.edges[1:] + leak.edges[:-1]) / 2, np.diff(leak.edges)
-    for name, counts, color, shape in (("non-members", leak.non_members, OUT, ""), ("members", leak.members, IN, "/")):
+    both = ("non-members", leak.non_members, -1, OUT, ""), ("members", leak.members, 1, IN, "/")
+    for name, counts, sign, color, shape in both:
         figure.add_bar(
-            x=middle, y=counts, width=width, name=name, row=1, col=1,
-            hovertemplate=f"%{{y}} {name} near %{{x:.3g}}<extra></extra>",
-            marker={"color": color, "opacity": 0.65, "line": {"width": 0},
-                    "pattern": {"shape": shape, "fgcolor": "black", "size": 7, "fillmode": "overlay"}},
+            x=middle, y=sign * counts, width=width, name=name, row=1, col=1, customdata=counts,
+            hovertemplate=f"%{{customdata}} {name} near %{{x:.3g}}<extra></extra>",
+            marker={"color": color, "line": {"width": 0}, "pattern": {"shape": shape, "fgcolor": "white", "size": 7}},
         )
     at = float(np.clip(leak.threshold, leak.edges[0], leak.edges[-1]))
-    top = max(leak.members.max(), leak.non_members.max())
-    figure.add_scatter(x=[at, at], y=[0, top], mode="lines", name="threshold", row=1, col=1, hoverinfo="skip",
+    top = int(max(leak.members.max(), leak.non_members.max()))
+    figure.add_scatter(x=[at, at], y=[-top, top], mode="lines", name="threshold", row=1, col=1, hoverinfo="skip",
                        line={"color": "black", "width": 4, "dash": "dash"})
     _add_roc(figure, leak)
-    names = list(answers)
+    names, marks = list(answers), ["star-diamond" if name == chosen else "circle" for name in answers]
     for column, (found, guess) in enumerate(((lambda a: a.best_accuracy, 0.5), (lambda a: a.found_at_fpr, leak.fpr)), 1):
         values = [found(answers[name]) for name in names]
-        figure.add_bar(
-            x=[v.mean for v in values], y=names, orientation="h", row=2, col=column, showlegend=False,
-            name="best accuracy" if column == 1 else "found at few false", texttemplate="%{x:.1%}", textposition="inside",
-            insidetextanchor="start", marker={"color": COLORS[5] if column == 1 else COLORS[4]},
-            error_x={"type": "data", "array": [v.high - v.mean for v in values], "thickness": 2.5, "color": "black",
+        figure.add_scatter(
+            x=[v.mean for v in values], y=names, mode="markers+text", row=2, col=column, showlegend=False,
+            name="best accuracy" if column == 1 else "found at few false", texttemplate="%{x:.1%}", textposition="top right",
+            marker={"color": "black", "size": 14, "symbol": marks}, textfont={"size": TEXT},
+            error_x={"type": "data", "array": [v.high - v.mean for v in values], "thickness": 2.5,
                      "arrayminus": [v.mean - v.low for v in values]},
             hovertemplate="%{y}: %{x:.1%} (+%{error_x.array:.1%} / -%{error_x.arrayminus:.1%})<extra></extra>",
         )
-        figure.add_scatter(x=[guess, guess], y=[names[0], names[-1]], mode="lines", name="guessing", row=2, col=column,
-                           hoverinfo="skip", showlegend=False, line={"color": "black", "dash": "dot", "width": 3})
-    figure.update_xaxes(range=[0, 1], tickformat=".0%", title="at its best threshold; dotted: a coin", row=2, col=1)
+        figure.add_vline(x=guess, line={"color": COLORS[3], "dash": "dot", "width": 3}, row=2, col=column)
+    figure.update_xaxes(range=[0, 1], tickformat=".0%", title="dotted: a coin", row=2, col=1)
     figure.update_xaxes(rangemode="tozero", tickformat=".0%", title="dotted: guessing", row=2, col=2)
-    figure.update_yaxes(automargin=True, row=2)
+    figure.update_yaxes(automargin=True, range=[len(names) - 0.6, -0.8], row=2)
     figure.update_xaxes(title="score (outermost bars: and beyond)", row=1, col=1)
-    figure.update_yaxes(title="samples", row=1, col=1)
-    figure.update_layout(barmode="overlay", legend={"orientation": "h", "y": 1.2, "x": 0, "yanchor": "bottom"})
-    return _large(styled(figure, title=title, height=680), top=100 if not title else 130)
+    ticks = [-top, -(top // 2), 0, top // 2, top]
+    figure.update_yaxes(title="non-members | members", tickvals=ticks, ticktext=[f"{abs(t)}" for t in ticks], row=1, col=1)
+    figure.update_layout(barmode="overlay", bargap=0, legend={"orientation": "h", "y": 1.08, "x": 0, "yanchor": "bottom"})
+    return _large(styled(figure, title=title, height=700), top=140 if title else 90)
 
 
 def risk_view(
@@ -114,13 +115,16 @@ def risk_view(
     images: [N, C, H, W].
     """
     figure = make_subplots(
-        rows=2, cols=3, row_heights=[0.36, 0.64], column_widths=[0.5, 0.2, 0.3], vertical_spacing=0.14, horizontal_spacing=0.1,
+        rows=2, cols=3, row_heights=[0.42, 0.58], column_widths=[0.5, 0.2, 0.3], vertical_spacing=0.12, horizontal_spacing=0.1,
         specs=[[{"colspan": 3}, None, None], [{}, {}, {}]],
         subplot_titles=(f"sorted by {by}; the threshold lies between the lower two rows", "cheap against expensive",
-                        f"sample {sample}", "asked under attack"),
+                        f"sample {sample}", "confidence under attack"),
     )
     figure.add_trace(picture(gallery_canvas(cut, images)), row=1, col=1)
     figure.add_trace(_hover_spots(risks, cut, classes, images.shape[2:]), row=1, col=1)
+    figure.add_scatter(mode="markers", name="chosen picture", hoverinfo="skip", showlegend=False, row=1, col=1,
+                       marker={"size": 62, "symbol": "square-open", "color": COLORS[1], "line": {"width": 5}},
+                       **_place(cut, sample, images.shape[2:]))
     x, y, above = risks.scores[cheap], risks.scores["memorization"], np.zeros(len(risks.y), dtype=bool)
     above[cut.order[: cut.count]] = True
     kind = go.Scatter if len(x) <= 3000 else go.Scattergl  # beyond that, a browser draws vectors too slowly
@@ -146,17 +150,19 @@ def risk_view(
             marker={"size": 10, "symbol": symbol(number), "color": COLORS[number]},
             hovertemplate=f"{name}: %{{x:.1%}}<extra></extra>",
         )
-    for column, row, anchor in ((1, 1, "x"), (2, 2, "x3")):
-        figure.update_xaxes(visible=False, constrain="domain", row=row, col=column)
-        figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=anchor, row=row, col=column)
+    _frame(figure, "x", row=1, col=1)
+    _frame(figure, "x3", row=2, col=2)
     height, middle = images.shape[2] + 1, (images.shape[2] - 1) / 2
-    figure.update_yaxes(visible=True, tickvals=[middle + k * height for k in range(3)], ticktext=list(cut.rows),
-                        showgrid=False, zeroline=False, row=1, col=1)
+    figure.update_yaxes(
+        showticklabels=True, tickvals=[middle + k * height for k in range(3)], ticktext=list(cut.rows), row=1, col=1,
+        autorange=False, range=[3 * height - 1.5, -0.5],
+    )
+    figure.update_xaxes(range=[-0.5, SHOWN * (images.shape[3] + 1) - 1.5], row=1, col=1)
     figure.update_xaxes(title=cheap, row=2, col=1)
     figure.update_yaxes(title="memorization", row=2, col=1)
     figure.update_xaxes(title="confidence in the label", range=[-0.04, 1.04], tickformat=".0%", row=2, col=3)
-    figure.update_layout(legend={"orientation": "h", "y": -0.16, "x": 0, "yanchor": "top"})
-    return _large(styled(figure, title=title, height=720), top=60 if not title else 95)
+    figure.update_layout(legend={"orientation": "h", "y": -0.12, "x": 0, "yanchor": "top"})
+    return _large(styled(figure, title=title, height=780), top=90 if title else 50)
 
 
 def facts(risks: Risks) -> np.ndarray:
@@ -184,9 +190,13 @@ def moved(live: go.FigureWidget, new: go.Figure) -> None:
             old.update(values)
         for old, note in zip(live.layout.annotations, new.layout.annotations, strict=True):
             old.text = note.text
-        for axis in ("xaxis", "xaxis2", "xaxis3", "xaxis4"):
-            if axis in new.layout and new.layout[axis].title.text:
-                live.layout[axis].title.text = new.layout[axis].title.text
+        for name in new.layout:
+            if name[:5] in ("xaxis", "yaxis"):
+                axis = new.layout[name]
+                if axis.title.text:
+                    live.layout[name].title.text = axis.title.text
+                if axis.ticktext:
+                    live.layout[name].update(tickvals=axis.tickvals, ticktext=axis.ticktext)
 
 
 def _believed(p: np.ndarray, label: int, classes: Sequence[str]) -> list[tuple[str, np.ndarray]]:
@@ -237,15 +247,36 @@ def _hover(risks: Risks) -> str:
     ]) + "<extra></extra>"
 
 
-def _hover_spots(risks: Risks, cut: Cut, classes: Sequence[str], size: tuple[int, int]) -> go.Scatter:
+def _spots(cut: Cut, size: tuple[int, int]) -> dict[int, tuple[float, float]]:
+    """Where each sample shown in the gallery has the middle of its picture."""
     height, width = size
-    spots = [(c, r, int(i)) for r, row in enumerate(cut.rows.values()) for c, i in enumerate(row)]
-    who = [i for *_, i in spots]
+    return {
+        int(i): (c * (width + 1) + (width - 1) / 2, r * (height + 1) + (height - 1) / 2)
+        for r, row in reversed(list(enumerate(cut.rows.values()))) for c, i in enumerate(row)
+    }
+
+
+def _place(cut: Cut, sample: int, size: tuple[int, int]) -> dict:
+    x, y = _spots(cut, size).get(sample, (None, None))
+    return {"x": [x], "y": [y]}
+
+
+def _hover_spots(risks: Risks, cut: Cut, classes: Sequence[str], size: tuple[int, int]) -> go.Scatter:
+    spots = _spots(cut, size)
+    who = list(spots)
     return go.Scatter(
-        x=[c * (width + 1) + (width - 1) / 2 for c, _, _ in spots], y=[r * (height + 1) + (height - 1) / 2 for _, r, _ in spots],
-        mode="markers", name="pictures", showlegend=False, customdata=facts(risks)[who], hovertemplate=_hover(risks),
-        text=np.asarray(classes)[risks.y[who]], marker={"size": 40, "opacity": 0, "symbol": "square"},
+        x=[x for x, _ in spots.values()], y=[y for _, y in spots.values()], mode="markers", name="pictures", showlegend=False,
+        customdata=facts(risks)[who], text=np.asarray(classes)[risks.y[who]], hovertemplate=_hover(risks),
+        marker={"size": 50, "opacity": 0, "symbol": "square"},
     )
+
+
+def _frame(figure: go.Figure, anchor: str, *, row: int, col: int) -> None:
+    """Axes of a picture: square pixels, first row on top, a thin frame and nothing else."""
+    look = {"showticklabels": False, "showgrid": False, "zeroline": False, "ticks": "", "constrain": "domain",
+            "showline": True, "mirror": True, "linecolor": GREY}
+    figure.update_xaxes(row=row, col=col, **look)
+    figure.update_yaxes(row=row, col=col, autorange="reversed", scaleanchor=anchor, **look)
 
 
 def _large(figure: go.Figure, *, top: int) -> go.Figure:

@@ -46,8 +46,11 @@ results
 protocol
 plots
 views
+answers
+views_risk
 controls
 panels
+panels_risk
 checks
 runner
 site

@@ -5,13 +5,10 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from demem_lab import panels, training, views
-from demem_lab.attacks import PGD
 from demem_lab.controls import Prediction
-from demem_lab.models import MLP
-from demem_lab.panels import AttackPanel, NoisePanel, PlanePanel
+from demem_lab.panels import NoisePanel, PlanePanel
 from demem_lab.sweep import Plane
 
 
@@ -84,37 +81,6 @@ def test_protected_images_are_the_riskiest_in_order(plane, tiny):
     for fraction, count in ((0.0, 0), (0.25, 6), (1.0, 24)):
         images = panels.protected_images(plane, tiny, point(1.0, fraction))
         assert np.array_equal(images, tiny.x[24 - count :].numpy())
-
-
-def test_attack_panel_shows_what_the_attack_does(tiny):
-    net = MLP((8,)).build(models=1, shape=tiny.shape, classes=3, seeds=(0,))
-    panel = AttackPanel(net, tiny, rows=[3, 5, 7])
-    panel.image.value, panel.eps.value, panel.steps.value = 2, 0.2, 7
-    x, y = tiny.x[7:8], tiny.y[7:8]
-    eps = panel.eps.value
-    moved = PGD(eps, 7, random_start=False)(net, x, y)
-    with torch.no_grad():
-        after = net(moved).softmax(-1)[0].numpy()
-    assert np.allclose(panel.figure.data[1].z, moved[0, 0], atol=1e-3)
-    assert np.allclose(panel.figure.data[4].y, after, atol=1e-6)
-    assert tiny.classes[int(after.argmax())] in text(panel)
-    panel.eps.value = 0.0
-    assert np.allclose(panel.figure.data[0].z, panel.figure.data[1].z)
-
-
-def test_an_error_in_a_callback_is_shown(tiny):
-    net = MLP((8,)).build(models=1, shape=tiny.shape, classes=3, seeds=(0,))
-    panel = AttackPanel(net, tiny)
-
-    def broken(*_, **__):
-        raise RuntimeError("planted <failure>")
-
-    panel.net.forward = broken
-    panel.image.value = 4
-    assert "RuntimeError: planted &lt;failure&gt;" in panel.readout.value
-    del panel.net.forward
-    panel.image.value = 5
-    assert "planted" not in panel.readout.value
 
 
 def test_controls_can_be_used_by_keyboard_and_named(plane, tiny):
