@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import anywidget
 import ipywidgets as widgets
@@ -68,6 +69,8 @@ class Panel:
     Controls start where a panel of the same class and a control of the same name stood last in this session, if they can.
     """
 
+    _held = False
+
     def __init__(self, controls: Sequence[widgets.Widget], boxes: Sequence[widgets.Widget], figure: go.Figure) -> None:
         self.figure = go.FigureWidget(figure)
         self.readout = widgets.HTML()
@@ -87,7 +90,18 @@ class Panel:
         """Bring the figure in line with the controls; returns the read-out as HTML."""
         raise NotImplementedError
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, controls move without drawing: for one that moves others, after which everything is drawn once."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
     def _changed(self, _) -> None:
+        if self._held:
+            return
         try:
             text = self.update()
         except Exception as error:  # shown to the reader: a panel that silently keeps the old picture would be a lie

@@ -145,12 +145,12 @@ def _payers(chosen: Mapping, plain: Mapping, groups: Sequence[str]) -> str:
         before, after = plain.get(name), chosen.get(name)
         if before is None or after is None:
             return "not resolved"
-        return f"{100 * (after - before):+.1f} points" + (f" ({100 * (after / before - 1):+.0f} %)" if before else "")
+        return f"{100 * (after - before):+.1f}" + (f" ({100 * (after / before - 1):+.0f} %)" if before else "")
 
     return _table(["everybody", *groups], {
         "clean accuracy": [chosen["accuracy"], *[""] * len(groups)],
         "robust accuracy, unseen images": [chosen.get(f"robust{n}") for n in names],
-        "… against no privacy": [lost(f"robust{n}") for n in names],
+        "its change by privacy, points (share)": [lost(f"robust{n}") for n in names],
         f"members found at {chosen['fpr']:.0%} false positives": [chosen.get(f"leak{n}") for n in names],
     })
 

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 import pytest
 
 from demem_lab import controls
-from demem_lab.controls import Names, Panel, number, whole
+from demem_lab.controls import Names, Panel, Prediction, number, whole
 
 
 class Made(Panel):
@@ -72,3 +72,18 @@ def test_an_error_is_seen_and_gone_when_it_is_over():
 def test_every_panel_and_prediction_is_named():
     for box in (Made().widget, controls.Prediction("How many?", low=0, high=1).widget):
         assert isinstance(box.children[-1], Names) and "demem-panel" in box._dom_classes
+
+
+def test_a_prediction_waits_for_people_and_not_for_machines(monkeypatch, capsys):
+    monkeypatch.setenv("DEMEM_HEADLESS", "1")
+    alone = Prediction("How many?", low=0, high=10, unit=" %")
+    alone._ipython_display_()
+    assert "nobody is watching: 5 %" in capsys.readouterr().out and "Nobody was asked" in alone.compare(7.0)
+    monkeypatch.delenv("DEMEM_HEADLESS")
+    asked = Prediction("How many?", low=0, high=10)
+    assert "did not commit" in asked.compare(7.0)
+    asked.slider.value = 6.0
+    asked.button.click()
+    assert asked.committed and asked.slider.disabled and "You guessed: 6. Measured: 7, 1 away" in asked.compare(7.0)
+    with pytest.raises(ValueError, match="high"):
+        Prediction("?", low=1, high=0)

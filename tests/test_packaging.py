@@ -50,11 +50,12 @@ sweep
 results
 protocol
 plots
-views
+answers
+views_risk
 views_privacy
 words_privacy
 controls
-panels
+panels_risk
 panels_privacy
 grading
 solutions

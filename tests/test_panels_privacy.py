@@ -138,7 +138,7 @@ def test_measured_numbers_are_those_of_the_nearest_trained_point(budget_panel):
         assert f"{100 * here['robust, highest tenth']:.1f} %" in text(budget_panel)
         lost = 100 * (here["robust, lowest half"] - PLAIN["robust, lowest half"])
         share = lost / PLAIN["robust, lowest half"]
-        assert f"{lost:+.1f} points ({share:+.0f} %)" in text(budget_panel)
+        assert f"{lost:+.1f} ({share:+.0f} %)" in text(budget_panel)
         assert list(seen["nearest trained 1"].x) == [trained] * 2 == list(seen["nearest trained 2"].x)
         assert list(seen["with privacy"].y) == [100 * here[f"robust, {g}"] for g in GROUPS]
         assert list(seen["without privacy"].y) == [100 * PLAIN[f"robust, {g}"] for g in GROUPS]
