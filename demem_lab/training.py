@@ -23,20 +23,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demem_lab import farm
+from demem_lab.augment import CropFlip
 from demem_lab.data import Dataset
 from demem_lab.live import Moment, Watch
 from demem_lab.mechanisms import Batch, Guarantee, Mechanism, Plain
 from demem_lab.models import MLP, Network, Spec
-from demem_lab.objectives import Natural, Objective
+from demem_lab.objectives import Natural, Objective, PerSample
 from demem_lab.optimizers import SGD, AdamW, HalfFlat, Schedule
+from demem_lab.precision import Precision, Scaler, resolve
 from demem_lab.sampling import Poisson, Sampler, kept_only
 from demem_lab.store import Store
 from demem_lab.streams import Streams
-from demem_lab.validate import finite, integer, member_mask
+from demem_lab.validate import choice, finite, integer, member_mask
 
 MODULES = (
-    "streams", "data", "layers", "models", "attacks", "objectives", "mechanisms", "budgets", "remedies", "sampling",
-    "optimizers", "training",
+    "streams", "data", "augment", "precision", "layers", "models", "attacks", "objectives", "mechanisms", "budgets",
+    "remedies", "sampling", "optimizers", "training",
 )  # whose source decides what a trained model is
 CHECKPOINT_SECONDS = 20.0
 
@@ -52,9 +54,12 @@ class Recipe:
     sampler: Sampler = field(default_factory=Poisson)
     schedule: Schedule = field(default_factory=HalfFlat)
     epochs: float = 30
+    augment: CropFlip | None = None  # `augment.usual` says what is usual for a data set
+    precision: Precision = Precision.FLOAT32  # of the layers; losses, norms and noise are in float32 with any
 
     def __post_init__(self) -> None:
         finite("epochs", self.epochs, low=0.01, high=100_000)
+        choice("precision", self.precision, Precision)
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,10 @@ def train(
     watch: told of every step, and able to stop.
     Raises ValueError for masks, flags or batch sizes that do not fit the data.
     """
-    _check(dataset, members, recipe, seeds)
-    job = _Job(dataset, members, recipe, tuple(seeds), farm.device(device), trace, dtype, members.double().sum(1).mean().item())
+    _check(dataset, members, recipe, seeds, dtype)
+    on = farm.device(device)
+    recipe = replace(recipe, precision=resolve(recipe.precision, on))  # kept results say what they were computed in
+    job = _Job(dataset, members, recipe, tuple(seeds), on, trace, dtype, members.double().sum(1).mean().item())
     if store is None:
         return _gathered(job, _train_chunks(job, None, progress, label, chunk, checkpoint_seconds, watch), fresh=True)
     fresh = False
@@ -165,10 +172,12 @@ class _Job:
         }
 
 
-def _check(dataset: Dataset, members: Tensor, recipe: Recipe, seeds: Sequence[int]) -> None:
+def _check(dataset: Dataset, members: Tensor, recipe: Recipe, seeds: Sequence[int], dtype: torch.dtype) -> None:
     member_mask(members, n=dataset.n)
     if len(seeds) != len(members):
         raise ValueError(f"{len(members)} models need {len(members)} seeds, got {len(seeds)}")
+    if dtype == torch.float64 and recipe.precision in (Precision.BFLOAT16, Precision.FLOAT16):
+        raise ValueError(f"weights in float64 and layers in {recipe.precision.value} do not go together; use Precision.FLOAT32")
     smallest = int(members.sum(1).min())
     integer("batch_size", recipe.sampler.batch_size, low=1, high=smallest, fix=f"the smallest model has {smallest} members")
     recipe.mechanism.check(dataset.n)
@@ -254,6 +263,8 @@ class _State:
             models=self.models, shape=job.dataset.shape, classes=len(job.dataset.classes), seeds=job.seeds
         ).to(job.device, job.dtype)
         self.net.train()
+        self.net.compute_in(job.recipe.precision.dtype)
+        self.scaler = Scaler(self.net) if job.recipe.precision is Precision.FLOAT16 else None
         self.optimizer = job.recipe.optimizer.start(list(self.net.parameters()))
         self.draw = job.recipe.sampler.start(self.members, job.seeds, job.sampling_rate, job.steps_per_epoch)
         self.loss_sum = torch.zeros(self.models, job.epochs, dtype=torch.float64, device=job.device)
@@ -269,16 +280,11 @@ class _State:
         kept = job.recipe.mechanism.takes_part(self._batch(index, valid))
         if not torch.equal(kept, valid):  # who has left costs nothing
             index, valid = kept_only(index, kept)
-        rng = Streams(job.seeds, "attack", t, counts=valid.sum(1).tolist(), device=self.device)
         batch = self._batch(index, valid)
-        flat, objective, mechanism = index.flatten(), job.recipe.objective, job.recipe.mechanism
-        whole = {"counts": mechanism.counted(batch).flatten()} if getattr(objective, "shifts_weights", False) else {}
-        self.consistent = not whole  # an interruption must not keep weights that were moved for a moment
-        with self.net.recording(mechanism.per_sample):
-            seen = objective(self.net, self.x[flat], self.y[flat], flat, rng=rng, **whole)
-            gradients = mechanism.update(self.net, seen, batch)
-        if seen.undo is not None:
-            seen.undo()
+        seen, gradients = self._repeatable(batch)
+        while self.scaler is not None and not self.scaler.accepts(gradients):
+            self._put_back()
+            seen, gradients = self._repeatable(batch)
         self.consistent = False
         self.optimizer.apply(gradients, job.recipe.schedule(t, job.steps))
         self._note(seen.adversarial_ce.detach().view_as(valid), index, valid, t // job.steps_per_epoch)
@@ -290,6 +296,39 @@ class _State:
         return Batch(
             index, valid, float(job.recipe.sampler.batch_size), t, job.steps, noise, epoch=t // job.steps_per_epoch
         )
+
+    def _repeatable(self, batch: Batch) -> tuple[PerSample, list[Tensor]]:
+        """What the objective saw and the mechanism's update; `_put_back`, and it can be had again from the same streams."""
+        self.statistics = [b.clone() for b in self.net.buffers()]
+        try:
+            return self._gradients(batch)
+        except BaseException as error:
+            self._put_back()
+            # whatever ran out of memory was thrown at one place, and all that was moved has been put back
+            self.consistent |= isinstance(error, torch.OutOfMemoryError)
+            raise
+
+    def _put_back(self) -> None:
+        """Undo what a forward pass does to running statistics: a step that is done again must not move them twice."""
+        for buffer, before in zip(self.net.buffers(), self.statistics, strict=True):
+            buffer.copy_(before)
+
+    def _gradients(self, batch: Batch) -> tuple[PerSample, list[Tensor]]:
+        job, flat, t = self.job, batch.index.flatten(), batch.step
+        objective, mechanism = job.recipe.objective, job.recipe.mechanism
+        streams = {"counts": batch.valid.sum(1).tolist(), "device": self.device}
+        x, y = self.x[flat], self.y[flat]
+        if job.recipe.augment is not None:
+            x = job.recipe.augment(x, rng=Streams(job.seeds, "augment", t, **streams))
+        whole = {"counts": mechanism.counted(batch).flatten()} if getattr(objective, "shifts_weights", False) else {}
+        self.consistent = not whole  # an interruption must not keep weights that were moved for a moment
+        with self.net.recording(mechanism.per_sample):
+            seen = objective(self.net, x, y, flat, rng=Streams(job.seeds, "attack", t, **streams), **whole)
+            try:
+                return seen, mechanism.update(self.net, seen, batch)
+            finally:
+                if seen.undo is not None:
+                    seen.undo()
 
     def _note(self, losses: Tensor, index: Tensor, valid: Tensor, epoch: int) -> None:
         self.loss_sum[:, epoch] += torch.where(valid, losses, 0).sum(1)
@@ -310,6 +349,8 @@ class _State:
         kept |= {"step": torch.tensor(self.step), "loss_sum": self.loss_sum, "loss_count": self.loss_count}
         if self.trace is not None:
             kept["trace"] = self.trace
+        if self.scaler is not None:
+            kept["scaler"] = self.scaler.state()
         return {name: tensor.detach().cpu().numpy() for name, tensor in kept.items()}
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
@@ -320,6 +361,8 @@ class _State:
         self.loss_sum, self.loss_count = tensors["loss_sum"], tensors["loss_count"]
         if self.trace is not None:
             self.trace = tensors["trace"]
+        if self.scaler is not None:
+            self.scaler.load(tensors["scaler"].cpu())
 
     def result(self) -> dict[str, np.ndarray]:
         kept = {f"net/{name}": tensor.numpy() for name, tensor in self.net.state().items()}

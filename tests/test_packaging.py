@@ -19,6 +19,8 @@ validate
 streams
 store
 data
+augment
+precision
 layers
 models
 attacks
