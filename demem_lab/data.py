@@ -16,12 +16,13 @@ import hashlib
 import os
 import zlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from demem_lab.store import Store
 from demem_lab.streams import key
 from demem_lab.validate import choice, finite, images, integer, labels
 
@@ -72,6 +73,42 @@ class Dataset:
         integer("subset", n, low=2, high=self.n, fix=f"{self.name} has {self.n} samples")
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(key(seed, "subset")))[:n]
         return replace(self, x=self.x[order], y=self.y[order])
+
+
+@dataclass(frozen=True)
+class Deposited:
+    """A data set that waits in a store, so that not every chunk has to carry its images to every worker."""
+
+    store: Store
+    fingerprint: str
+
+    @classmethod
+    def of(cls, dataset: Dataset, store: Store) -> Deposited:
+        """Put a data set there, in 8 bits a pixel where that is exact."""
+        kept = cls(store, dataset.fingerprint)
+        if store.get("images", dataset.fingerprint) is None:
+            small = (dataset.x * 255).round().to(torch.uint8)
+            exact = torch.equal(small.float() / 255, dataset.x)
+            meta = {"name": dataset.name, "classes": dataset.classes, "source": dataset.source, "eps": dataset.eps}
+            store.put("images", dataset.fingerprint, {"x": small if exact else dataset.x, "y": dataset.y}, meta)
+        return kept
+
+    def load(self) -> Dataset:
+        """The data set (the last one is remembered). FileNotFoundError where the store is not the one it was put in."""
+        return _withdrawn(self.store.root, self.fingerprint)
+
+
+@lru_cache(maxsize=1)
+def _withdrawn(root: Path, fingerprint: str) -> Dataset:
+    entry = Store(root).get("images", fingerprint)
+    if entry is None:
+        raise FileNotFoundError(
+            f"a worker does not find the images in {root}: keep the store (DEMEM_STORE) on a file system that all machines "
+            "share, or train without a store"
+        )
+    x, y = torch.from_numpy(entry.arrays["x"]), torch.from_numpy(entry.arrays["y"])
+    x = x.float() / 255 if x.dtype == torch.uint8 else x
+    return Dataset(entry.meta["name"], x, y, tuple(entry.meta["classes"]), entry.meta["source"], entry.meta["eps"])
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 import gzip
 import os
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ from scipy import stats
 from sklearn.datasets import load_digits
 
 from demem_lab import data
-from demem_lab.data import Dataset, load, member_masks, mislabelled
+from demem_lab.data import Dataset, Deposited, load, member_masks, mislabelled
+from demem_lab.store import Store
 
 
 def test_digits_are_scikit_learns():
@@ -55,6 +58,23 @@ def test_canaries_always_have_a_wrong_label_uniformly():
     assert torch.equal(changed.y[untouched], digits.y[untouched]) and torch.equal(changed.x, digits.x)
     shift = (changed.y[index] - digits.y[index]) % 10
     assert stats.chisquare(torch.bincount(shift, minlength=10)[1:].numpy()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("name", ["digits", "bytes"])
+def test_a_deposited_data_set_comes_back_the_same(store, name):
+    digits = load(subset=50)
+    given = digits if name == "digits" else replace(digits, x=(digits.x * 15).byte().float() / 255)
+    found = pickle.loads(pickle.dumps(Deposited.of(given, store))).load()
+    assert torch.equal(found.x, given.x) and torch.equal(found.y, given.y) and found.fingerprint == given.fingerprint
+    assert (found.name, found.classes, found.eps, found.source) == (given.name, given.classes, given.eps, given.source)
+    kept = store.get("images", given.fingerprint).arrays["x"].dtype
+    assert kept == (np.uint8 if name == "bytes" else np.float32)  # sixteenths are no multiples of 1/255
+
+
+def test_a_store_that_a_worker_does_not_share_is_one_sentence(store, tmp_path):
+    deposited = Deposited.of(load(subset=50), store)
+    with pytest.raises(FileNotFoundError, match="a worker does not find the images in .*file system that all machines share"):
+        replace(deposited, store=Store(tmp_path / "elsewhere")).load()
 
 
 def test_images_and_labels_live_on_one_device():

@@ -32,8 +32,11 @@ budgets
 remedies
 sampling
 optimizers
-farm
 live
+recipe
+state
+farm
+chunks
 training
 pairs
 queries

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from demem_lab import precision, training
+from demem_lab import precision
 from demem_lab.attacks import PGD
 from demem_lab.data import member_masks
 from demem_lab.mechanisms import Batch, LossVariance, Plain, SelectiveDP
@@ -16,6 +16,7 @@ from demem_lab.optimizers import SGD
 from demem_lab.precision import Precision, Scaler, resolve
 from demem_lab.queries import outputs
 from demem_lab.sampling import Poisson, Shuffled
+from demem_lab.state import State
 from demem_lab.store import Store
 from demem_lab.streams import Streams
 from demem_lab.training import Recipe, train
@@ -209,7 +210,7 @@ def test_a_resumed_run_keeps_its_scale(tiny, store, monkeypatch):
     members = member_masks(24, 2, seed=0)
     recipe = replace(BASE, model=MLP((6,)), sampler=Poisson(4), epochs=5, precision=Precision.FLOAT16)
     whole = train(tiny, members, recipe, seeds=(0, 1), chunk=2)
-    real, scales = training._State.advance, []
+    real, scales = State.advance, []
 
     def fails_at_6(state):
         if state.step == 6 and not scales:
@@ -219,7 +220,7 @@ def test_a_resumed_run_keeps_its_scale(tiny, store, monkeypatch):
             scales.append(state.scaler.scale)
         real(state)
 
-    monkeypatch.setattr(training._State, "advance", fails_at_6)
+    monkeypatch.setattr(State, "advance", fails_at_6)
     with pytest.raises(KeyboardInterrupt):
         train(tiny, members, recipe, seeds=(0, 1), chunk=2, store=store)
     resumed = train(tiny, members, recipe, seeds=(0, 1), chunk=2, store=store)
