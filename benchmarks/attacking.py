@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from harness import Row, judged, times, versus
 from shadow_models import EPS, attacked, torch_model
 
-from demem_lab import data, training
+from demem_lab import data
 from demem_lab.attacks import FGSM, PGD, autoattack, predictions, withstands
 from demem_lab.mechanisms import Plain
 from demem_lab.models import MLP, ResNet18, SmallCNN
 from demem_lab.objectives import PGDAT, TRADES
 from demem_lab.optimizers import SGD
+from demem_lab.recipe import Job
 from demem_lab.sampling import Shuffled
+from demem_lab.state import State
 from demem_lab.training import Recipe, train
 
 
@@ -107,8 +109,8 @@ def trades(quick: bool) -> list[Row]:
         images = data.Dataset("bench", x, y, tuple("0123456789"), "digits", EPS)
         everybody = torch.ones(1, batch, dtype=torch.bool)
         recipe = Recipe(spec, TRADES(PGD(EPS, 10)), Plain(), SGD(lr=0.01), Shuffled(batch), epochs=10_000)
-        job = training._Job(images, everybody, recipe, (0,), torch.device("cpu"), False, torch.float32, float(batch))
-        state = training._State(job)
+        job = Job(images, everybody, recipe, (0,), torch.device("cpu"), False, torch.float32, float(batch))
+        state = State(job)
         net = torch_model(spec, tuple(x.shape[1:]))
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
         rows += versus(

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from demem_lab.store import Store
 from demem_lab.streams import key
 from demem_lab.validate import choice, finite, images, integer, labels
 
@@ -40,6 +42,8 @@ class Dataset:
     eps: float  # usual Linf attack radius, in pixel units
 
     def __post_init__(self) -> None:
+        if self.x.device != self.y.device:
+            raise ValueError(f"images are on {self.x.device} and labels on {self.y.device}; put both on one device, best the CPU")
         images(self.x)
         labels(self.y, n=len(self.x), classes=len(self.classes))
         present = len(self.y.unique())
@@ -60,8 +64,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """Digest of the content: pixels, labels, shape and number of classes."""
         content = hashlib.sha256(repr((tuple(self.x.shape), len(self.classes))).encode())
-        content.update(self.x.contiguous().numpy().tobytes())
-        content.update(self.y.contiguous().numpy().tobytes())
+        content.update(self.x.cpu().contiguous().numpy().tobytes())
+        content.update(self.y.cpu().contiguous().numpy().tobytes())
         return content.hexdigest()[:32]
 
     def subset(self, n: int, *, seed: int = 0) -> Dataset:
@@ -72,8 +76,45 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Deposited:
+    """A data set that waits in a store, so that not every chunk has to carry its images to every worker."""
+
+    store: Store
+    fingerprint: str
+
+    @classmethod
+    def of(cls, dataset: Dataset, store: Store) -> Deposited:
+        """Put a data set there, in 8 bits a pixel where that is exact."""
+        kept = cls(store, dataset.fingerprint)
+        if store.get("images", dataset.fingerprint) is None:
+            small = (dataset.x * 255).round().to(torch.uint8)
+            exact = torch.equal(small.float() / 255, dataset.x)
+            meta = {"name": dataset.name, "classes": dataset.classes, "source": dataset.source, "eps": dataset.eps}
+            store.put("images", dataset.fingerprint, {"x": small if exact else dataset.x, "y": dataset.y}, meta)
+        return kept
+
+    def load(self) -> Dataset:
+        """The data set (the last one is remembered). FileNotFoundError where the store is not the one it was put in."""
+        return _withdrawn(self.store.root, self.fingerprint)
+
+
+@lru_cache(maxsize=1)
+def _withdrawn(root: Path, fingerprint: str) -> Dataset:
+    entry = Store(root).get("images", fingerprint)
+    if entry is None:
+        raise FileNotFoundError(
+            f"a worker does not find the images in {root}: keep the store (DEMEM_STORE) on a file system that all machines "
+            "share, or train without a store"
+        )
+    x, y = torch.from_numpy(entry.arrays["x"]), torch.from_numpy(entry.arrays["y"])
+    x = x.float() / 255 if x.dtype == torch.uint8 else x
+    return Dataset(entry.meta["name"], x, y, tuple(entry.meta["classes"]), entry.meta["source"], entry.meta["eps"])
+
+
+@dataclass(frozen=True)
 class _Known:
     loader: str  # class in torchvision.datasets
+    files: str  # what torchvision calls its files, inside the folder
     eps: float
     source: str
     classes: tuple[str, ...] = tuple("0123456789")
@@ -82,11 +123,11 @@ class _Known:
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 KNOWN = {
-    "fashion_mnist": _Known("FashionMNIST", 0.05, "Fashion-MNIST (Xiao et al. 2017)", _FASHION),
-    "mnist": _Known("MNIST", 0.3, "MNIST (LeCun et al. 1998)"),
-    "cifar10": _Known("CIFAR10", 8 / 255, "CIFAR-10 (Krizhevsky 2009)", _CIFAR10),
-    "cifar100": _Known("CIFAR100", 8 / 255, "CIFAR-100 (Krizhevsky 2009)", tuple(map(str, range(100)))),
-    "svhn": _Known("SVHN", 8 / 255, "SVHN (Netzer et al. 2011)"),
+    "fashion_mnist": _Known("FashionMNIST", "FashionMNIST", 0.05, "Fashion-MNIST (Xiao et al. 2017)", _FASHION),
+    "mnist": _Known("MNIST", "MNIST", 0.3, "MNIST (LeCun et al. 1998)"),
+    "cifar10": _Known("CIFAR10", "cifar-10-batches-py", 8 / 255, "CIFAR-10 (Krizhevsky 2009)", _CIFAR10),
+    "cifar100": _Known("CIFAR100", "cifar-100-python", 8 / 255, "CIFAR-100 (Krizhevsky 2009)", tuple(map(str, range(100)))),
+    "svhn": _Known("SVHN", "{split}_32x32.mat", 8 / 255, "SVHN (Netzer et al. 2011)"),
 }
 NAMES = ("digits", *KNOWN)
 
@@ -97,12 +138,13 @@ def load(
 ) -> Dataset:
     """A data set by name: digits, fashion_mnist, mnist, cifar10, cifar100, svhn.
 
-    root: where torchvision finds or puts the files (default $DEMEM_DATA). download: fetch what is missing. split: "train"
-    or "test" (digits have one part). subset: that many random samples, chosen by `seed`.
-    Raises ValueError for an unknown name, FileNotFoundError with the fix when the files are not there.
+    root: where torchvision finds or puts the files (default $DEMEM_DATA). download: fetch what is missing. split: "train",
+    "test", or "all", one after the other: the pool of 60,000 that DeMem's authors draw members from (digits have one part).
+    subset: that many random samples, chosen by `seed`. Raises ValueError for an unknown name, FileNotFoundError with the fix
+    when the files are not there or not whole.
     """
     choice("dataset", name, NAMES)
-    choice("split", split, ("train", "test"))
+    choice("split", split, ("train", "test", "all"))
     loaded = _digits() if name == "digits" else _torchvision(name, root, download, split)
     return loaded if not subset else loaded.subset(subset, seed=seed)
 
@@ -158,6 +200,9 @@ def _torchvision(name: str, root: str | Path | None, download: bool, split: str)
     import torchvision.datasets as known_sets
     from torchvision.datasets.utils import extract_archive
 
+    if split == "all":
+        first, second = (_torchvision(name, root, download, part) for part in ("train", "test"))
+        return replace(first, x=torch.cat([first.x, second.x]), y=torch.cat([first.y, second.y]))
     known = KNOWN[name]
     folder = root or os.environ.get("DEMEM_DATA")
     if not folder:
@@ -171,13 +216,19 @@ def _torchvision(name: str, root: str | Path | None, download: bool, split: str)
             if not packed.with_suffix("").exists():  # torchvision unpacks only what it has just downloaded
                 extract_archive(str(packed))
         raw = loader(str(folder), download=download, **part)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError, EOFError, AssertionError, zlib.error) as error:  # a torn file fails anyhow
         if isinstance(error, PermissionError) or (Path(folder).exists() and not Path(folder).is_dir()):
             raise PermissionError(f"{name} cannot be read or written in {folder}; choose another folder as DEMEM_DATA") from None
-        what = f"could not be downloaded to {folder} ({error})" if download else f"is not in {folder}"
-        raise FileNotFoundError(
-            f"{name} {what}; load({name!r}, root=..., download=True) fetches it, or set DEMEM_DATA to where it is"
-        ) from None
+        where = Path(folder, known.files.format(split=split))
+        fix = f"load({name!r}, root=..., download=True) fetches it, or set DEMEM_DATA to where it is"
+        if download:
+            what = f"could not be downloaded to {folder} ({error})"
+        elif where.is_file() or any(file.is_file() for file in where.rglob("*")):
+            what = f"in {folder} is damaged or not whole"
+            fix = f"delete {where}, then load({name!r}, root=..., download=True) fetches it again"
+        else:
+            what = f"is not in {folder}"
+        raise FileNotFoundError(f"{name} {what}; {fix}") from None
     pixels = torch.as_tensor(raw.data)
     if name in ("cifar10", "cifar100"):
         pixels = pixels.permute(0, 3, 1, 2)

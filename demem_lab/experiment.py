@@ -28,7 +28,7 @@ from demem_lab.data import Dataset
 from demem_lab.live import Watch
 from demem_lab.mechanisms import DPSGD, Guarantee, Mechanism, Plain
 from demem_lab.membership import lira
-from demem_lab.models import MLP, SmallCNN, Spec
+from demem_lab.models import MLP, Spec, by_name
 from demem_lab.objectives import PGDAT, Objective
 from demem_lab.optimizers import SGD
 from demem_lab.sampling import Poisson
@@ -311,7 +311,7 @@ class Profile:
     name: str
     dataset: str
     subset: int  # 0: all
-    model: str  # "mlp" or "cnn"
+    model: str  # as in models.by_name
     models: int
     seeds: int
     epochs: float
@@ -335,8 +335,7 @@ class Profile:
             subset=subset or (self.subset if dataset in ("", self.dataset) else 2000),
         )
         loaded = data.load(chosen.dataset, root=data_root or None, download=download, subset=chosen.subset or None)
-        architecture = choice("model", chosen.model, ("mlp", "cnn"))
-        spec = MLP((self.width, self.width)) if architecture == "mlp" else SmallCNN()
+        spec = MLP((self.width, self.width)) if chosen.model == "mlp" else by_name(chosen.model)
         quiet = os.environ.get("DEMEM_HEADLESS") == "1"
         if device == "auto" and loaded.name == "digits":
             device = "cpu"  # a step on 8x8 images takes less time than telling a GPU to do it

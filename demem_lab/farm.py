@@ -6,16 +6,22 @@ work is outside Python's lock, and no second copy of torch is needed); pass an e
 
 >>> run(lambda chunk, stop: sum(chunk), [[1, 2], [3]])
 [3, 3]
+
+Beyond one machine Dask is the tested engine, one chunk on each GPU at a time: start its workers with
+`dask worker SCHEDULER --resources GPU=1`, and pass `Client(SCHEDULER).get_executor(resources={"GPU": 1})`. A worker that is
+killed costs its own chunk, which Dask gives to another one.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +37,48 @@ def device(name: str = "auto") -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(executor: Executor, name: str = "auto") -> torch.device:
+    """The device that the workers of an executor compute on; "auto" asks one of them."""
+    return device(name) if name != "auto" else torch.device(run(_kind_of_device, [None], executor=executor)[0])
+
+
+def _kind_of_device(_, stop) -> str:
+    return device().type
+
+
+def ready(on: torch.device) -> None:
+    """On a worker: RuntimeError unless it has that device; then let it compute as workers do."""
+    if on.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            "a worker has no GPU, but the run is for cuda: give it workers of one kind (with Dask, "
+            "client.get_executor(resources={'GPU': 1}) picks those that have one), or device='cpu'"
+        )
+    one_thread_each(on)
+
+
+_deterministic = threading.Lock()
+_asked = [0]
+
+
+@contextmanager
+def deterministic(on: bool = True):
+    """Inside, only algorithms that give the same bits every time (torch.use_deterministic_algorithms), in all threads."""
+    if not on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without; read when it starts
+    with _deterministic:
+        _asked[0] += 1
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        with _deterministic:
+            _asked[0] -= 1
+            if not _asked[0]:
+                torch.use_deterministic_algorithms(False)
 
 
 def workers(on: torch.device | str = "cpu") -> int:
@@ -50,19 +98,29 @@ def one_thread_each(on: torch.device | str = "cpu") -> None:
         _keep_freed_memory()
 
 
+def free(on: torch.device) -> None:
+    """Give a device's memory back after it ran out."""
+    gc.collect()
+    if on.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def run(
     function: Callable[[Any, threading.Event], Any], chunks: Sequence[Any], *, executor: Executor | None = None,
     at_once: int | None = None, stop: threading.Event | None = None,
+    done: Callable[[int, Any], None] = lambda number, result: None, fix: str = "start another one",
 ) -> list[Any]:
     """`function(chunk, stop)` for every chunk; results in the order of `chunks`.
 
     `stop` is set when the user interrupts (or by whoever passed it in, from another thread): a function that watches it
     can save its state before it returns. An exception in one chunk stops the others in the same way and is raised here.
-    With an `executor` of processes or machines `stop` cannot be shared, and None is passed instead.
+    With an `executor` of processes or machines `stop` cannot be shared, and None is passed instead; once it is set, nobody
+    waits for the chunks any longer and KeyboardInterrupt is raised. `done(number, result)` is called here for every chunk
+    that comes back. ExecutorDied, which ends in `fix`, when the executor stops working.
     """
     chunks = list(chunks)
     if executor is not None:
-        return [future.result() for future in [executor.submit(function, chunk, None) for chunk in chunks]]
+        return _over(executor, function, chunks, stop, done, fix)
     stop = threading.Event() if stop is None else stop
     at_once = workers() if at_once is None else at_once
     if at_once == 1 or len(chunks) == 1:
@@ -82,6 +140,44 @@ def run(
         pool.shutdown(wait=True, cancel_futures=True)
         _give_back_memory()
     return [future.result() for future in futures]
+
+
+class ExecutorDied(RuntimeError):
+    """An executor stopped working before all chunks were done."""
+
+
+def _over(executor: Executor, function, chunks: list, stop, done, fix: str) -> list[Any]:
+    futures, results = {}, {}
+    try:
+        for number, chunk in enumerate(chunks):
+            futures[_submitted(executor, function, chunk)] = number
+        waiting = set(futures)
+        while waiting:
+            if stop is not None and stop.is_set():
+                raise KeyboardInterrupt
+            came, waiting = wait(waiting, timeout=None if stop is None else 0.2, return_when=FIRST_COMPLETED)
+            for future in came:
+                results[futures[future]] = future.result()
+                done(futures[future], results[futures[future]])
+    except BaseException as error:
+        for future, number in futures.items():
+            if not future.cancel() and number not in results and future.done() and future.exception() is None:
+                results[number] = future.result()  # it came back together with the bad news
+                done(number, results[number])
+        # Dask raises its own errors, for instance KilledWorker when a chunk has taken several workers down with it
+        if isinstance(error, (BrokenExecutor, CancelledError)) or type(error).__module__.split(".")[0] == "distributed":
+            reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0].rstrip(": .")[:200]
+            far = f"after {len(results)} of {len(chunks)} chunks"
+            raise ExecutorDied(f"the executor stopped working {far} ({reason}); {fix}") from error
+        raise
+    return [results[number] for number in range(len(chunks))]
+
+
+def _submitted(executor: Executor, function, chunk):
+    try:
+        return executor.submit(function, chunk, None)
+    except RuntimeError as error:  # what executors raise that were shut down
+        raise BrokenExecutor(str(error)) from error
 
 
 def _keep_freed_memory() -> None:

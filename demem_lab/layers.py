@@ -33,7 +33,9 @@ class Layer(nn.Module):
         if self.calls is not None:
             if not out.requires_grad:
                 out.requires_grad_()
-            self.calls.append((seen.detach(), out))
+            seen = seen.detach()
+            # 16 bits are enough to compute with, not to take squares and sums of
+            self.calls.append((seen.float() if seen.dtype in (torch.bfloat16, torch.float16) else seen, out))
         return out
 
     def initialise(self, streams: Streams) -> None:
@@ -162,9 +164,9 @@ class _Normalised(Layer):
         weight, bias = self.weight.flatten(), self.bias.flatten()
         if self.calls is None:
             # nobody asks for the normalised input: torch's own scale and shift save a pass over memory (CNN steps: 1.2 x)
-            return self.normalise(x, weight, bias)
-        seen = self.normalise(x)
-        return self.record(seen, torch.addcmul(bias[:, None, None], seen, weight[:, None, None]))
+            return self.normalise(x, weight, bias).to(x.dtype)
+        seen = self.normalise(x).to(x.dtype)  # autocast normalises in float32, and all that follows would stay there
+        return self.record(seen, torch.addcmul(bias[:, None, None].to(x.dtype), seen, weight[:, None, None].to(x.dtype)))
 
     def initialise(self, streams: Streams) -> None:
         with torch.no_grad():

@@ -230,7 +230,7 @@ class SelectiveDP(Mechanism):
         layers = [layer for layer in net.layers if layer.calls]
         outputs = [out for layer in layers for _, out in layer.calls]
         losses = torch.where(batch.valid, per_sample.loss.view_as(batch.valid), 0)
-        deltas = iter(torch.autograd.grad(losses.sum(), outputs))
+        deltas = iter(net.unscaled(torch.autograd.grad(losses.sum(), outputs)))
         by_layer = [(layer, [next(deltas) for _ in layer.calls]) for layer in layers]
         weights = self._clip_factors(by_layer, batch, losses)
         gradients = {}

@@ -18,15 +18,16 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from demem_lab.layers import BatchNorm, Conv, GroupNorm, Layer, Linear
 from demem_lab.streams import Streams
-from demem_lab.validate import integer
+from demem_lab.validate import choice, integer
 
 # Initial logits of a convolutional network are kept near 0: from large ones, adversarial training on CIFAR-10 first has to
 # unlearn a confidence that means nothing, and often ends in a constant answer.
@@ -39,13 +40,45 @@ class Network(nn.Module):
     def __init__(self, models: int, mean: float, std: float) -> None:
         super().__init__()
         self.models, self.mean, self.std = models, mean, std
+        self.half: torch.dtype | None = None  # what the layers compute in, if not in the dtype of their weights
+        self.scale = 1.0  # of the gradients inside the network
+        self.hooks: list = []
+        self.channels_last = False
+
+    def arranged_for(self, device: torch.device | str) -> Network:
+        """Itself, with images laid out as the device wants them: a GPU convolves fastest with channels last."""
+        convolves = any(isinstance(layer, Conv) for layer in self.layers)
+        # several models side by side are one grouped convolution, which has no such kernels
+        self.channels_last = torch.device(device).type == "cuda" and convolves and self.models == 1
+        return self
+
+    def compute_in(self, half: torch.dtype | None, scale: float = 1.0) -> None:
+        """Let the layers compute in a 16-bit `half`, with gradients `scale` times as large inside the network.
+
+        Logits, and gradients of weights and images, come out in float32 and unscaled. None: as the weights are.
+        """
+        self.half, self.scale = half, scale
+        if scale != 1 and not self.hooks:
+            self.hooks = [p.register_hook(lambda g: g / self.scale) for p in self.parameters()]
+
+    def unscaled(self, deltas: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients at outputs inside the network, as they would be without `scale`, in float32 (or float64)."""
+        if self.half is None:
+            return list(deltas)
+        return [delta.float() / self.scale for delta in deltas]
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [M*B, C, H, W] in [0, 1] -> logits [M*B, K]."""
         if x.shape[0] % self.models:
             raise ValueError(f"{x.shape[0]} rows cannot be shared by {self.models} models; give the same number to each")
         # normalisation is part of the model, so that attacks and their eps live in pixel units
-        return self.body((x - self.mean) / self.std if (self.mean, self.std) != (0.0, 1.0) else x)
+        x = _with_slope(x, 1 / self.scale)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = (x - self.mean) / self.std if (self.mean, self.std) != (0.0, 1.0) else x
+        with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
+            logits = self.body(x)
+        return logits if self.half is None else _with_slope(logits.float(), self.scale)
 
     def body(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -74,6 +107,22 @@ class Network(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """Parameters and running statistics by name, each [M, ...], detached and on the CPU."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
+
+
+class _Slope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:
+        return slope * ctx.factor, None
+
+
+def _with_slope(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient will be multiplied by `factor` on its way back."""
+    return x if factor == 1 else _Slope.apply(x, factor)
 
 
 class Spec(Protocol):
@@ -127,9 +176,43 @@ class ResNet18:
 
     def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
         """M freshly initialised networks for images of `shape` (C, H, W)."""
-        if self.norm not in ("group", "batch"):
-            raise ValueError(f"norm must be 'group' or 'batch', got {self.norm!r}")
         return _initialised(_Residual(self, models, shape, classes), seeds, device)
+
+
+@dataclass(frozen=True)
+class WideResNet:
+    """WideResNet-`depth`-`widen` with pre-activation blocks (Zagoruyko & Komodakis 2016); 28-10 has 36.5 million weights.
+
+    `norm` as in ResNet18.
+    """
+
+    depth: int = 28
+    widen: int = 10
+    norm: str = "group"
+    mean: float = 0.5
+    std: float = 0.25
+
+    def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
+        """M freshly initialised networks for images of `shape` (C, H, W)."""
+        if (integer("depth", self.depth, low=10) - 4) % 6:
+            raise ValueError(f"depth must be 6 n + 4, for three groups of n blocks: 10, 16, 22, 28, 34; got {self.depth}")
+        integer("widen", self.widen, low=1)
+        return _initialised(_Wide(self, models, shape, classes), seeds, device)
+
+
+@dataclass(frozen=True)
+class VGG:
+    """A small VGG (Simonyan & Zisserman 2015) for SVHN: three pairs of 3x3 convolutions, each halved by max pooling."""
+
+    width: int = 32
+    norm: str = "group"
+    mean: float = 0.5
+    std: float = 0.25
+
+    def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
+        """M freshly initialised networks for images of `shape` (C, H, W), H and W at least 8."""
+        integer("image height", min(shape[1:]), low=8, fix="use the MLP for smaller images")
+        return _initialised(_Pairs(self, models, shape, classes), seeds, device)
 
 
 class _Dense(Network):
@@ -189,13 +272,7 @@ class _Block(nn.Module):
 class _Residual(Network):
     def __init__(self, spec: ResNet18, models: int, shape: Sequence[int], classes: int) -> None:
         super().__init__(models, spec.mean, spec.std)
-
-        def norm(models: int, channels: int) -> Layer:
-            if spec.norm == "batch":
-                return BatchNorm(models, channels)
-            return GroupNorm(models, channels, groups=math.gcd(channels, 32))
-
-        w = spec.width
+        w, norm = spec.width, _norm(spec)
         self.stem, self.stem_norm = Conv(models, shape[0], w, bias=False), norm(models, w)
         blocks, inputs = [], w
         for outputs, stride in ((w, 1), (w, 1), (2 * w, 2), (2 * w, 1), (4 * w, 2), (4 * w, 1), (8 * w, 2), (8 * w, 1)):
@@ -208,6 +285,64 @@ class _Residual(Network):
         h = F.relu(self.stem_norm(self.stem(_side_by_side(x, self.models))))
         h = self.blocks(h).mean((2, 3))
         return self.out(h.unflatten(1, (self.models, -1)).transpose(0, 1)).flatten(0, 1)
+
+
+class _WideBlock(nn.Module):
+    def __init__(self, models: int, inputs: int, outputs: int, stride: int, norm) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = norm(models, inputs), Conv(models, inputs, outputs, stride=stride, bias=False)
+        self.norm2, self.conv2 = norm(models, outputs), Conv(models, outputs, outputs, bias=False)
+        self.short = None
+        if inputs != outputs:
+            self.short = Conv(models, inputs, outputs, kernel=1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(x))
+        short = x if self.short is None else self.short(h)
+        return short + self.conv2(F.relu(self.norm2(self.conv1(h))))
+
+
+class _Wide(Network):
+    def __init__(self, spec: WideResNet, models: int, shape: Sequence[int], classes: int) -> None:
+        super().__init__(models, spec.mean, spec.std)
+        norm, inputs, blocks = _norm(spec), 16, []
+        self.stem = Conv(models, shape[0], inputs, bias=False)
+        for group in range(3):
+            outputs = 16 * 2**group * spec.widen
+            for number in range((spec.depth - 4) // 6):
+                blocks.append(_WideBlock(models, inputs, outputs, 2 if group and not number else 1, norm))
+                inputs = outputs
+        self.blocks, self.last_norm = nn.Sequential(*blocks), norm(models, inputs)
+        self.out = Linear(models, inputs, classes, gain=OUT_GAIN)
+
+    def body(self, x: Tensor) -> Tensor:
+        h = F.relu(self.last_norm(self.blocks(self.stem(_side_by_side(x, self.models)))))
+        return self.out(h.mean((2, 3)).unflatten(1, (self.models, -1)).transpose(0, 1)).flatten(0, 1)
+
+
+class _Pairs(Network):
+    def __init__(self, spec: VGG, models: int, shape: Sequence[int], classes: int) -> None:
+        super().__init__(models, spec.mean, spec.std)
+        w, norm = spec.width, _norm(spec)
+        channels = (shape[0], w, w, 2 * w, 2 * w, 4 * w, 4 * w)
+        self.conv = nn.ModuleList(Conv(models, a, b, bias=False) for a, b in itertools.pairwise(channels))
+        self.norm = nn.ModuleList(norm(models, b) for b in channels[1:])
+        self.out = Linear(models, 4 * w * (shape[1] // 8) * (shape[2] // 8), classes, gain=OUT_GAIN)
+
+    def body(self, x: Tensor) -> Tensor:
+        h = _side_by_side(x, self.models)
+        for number, (conv, norm) in enumerate(zip(self.conv, self.norm, strict=True)):
+            h = F.relu(norm(conv(h)))
+            h = F.max_pool2d(h, 2) if number % 2 else h
+        return self.out(h.unflatten(1, (self.models, -1)).transpose(0, 1).flatten(2)).flatten(0, 1)
+
+
+def _norm(spec):
+    """(models, channels) -> the normalisation that the spec asks for."""
+    choice("norm", spec.norm, ("group", "batch"))
+    if spec.norm == "batch":
+        return BatchNorm
+    return lambda models, channels: GroupNorm(models, channels, groups=math.gcd(channels, 32))
 
 
 def _side_by_side(x: Tensor, models: int) -> Tensor:
@@ -225,3 +360,18 @@ def _initialised(net: Network, seeds: Sequence[int], device) -> Network:
     for number, layer in enumerate(net.layers):
         layer.initialise(streams.fork(number))
     return net.to(device)
+
+
+ARCHITECTURES: dict[str, Spec] = {
+    "mlp": MLP(), "cnn": SmallCNN(), "resnet18": ResNet18(), "wrn28_10": WideResNet(), "vgg": VGG(),
+}
+
+
+def by_name(name: str, *, norm: str = "") -> Spec:
+    """The architecture of that name: mlp, cnn, resnet18, wrn28_10, vgg; `norm` "group" or "batch" where it has a choice."""
+    spec = ARCHITECTURES[choice("model", name, ARCHITECTURES)]
+    if not norm:
+        return spec
+    able = [known for known, other in ARCHITECTURES.items() if hasattr(other, "norm")]
+    choice("model", name, able, fix="only these have a choice of normalisation")
+    return replace(spec, norm=choice("norm", norm, ("group", "batch")))

@@ -179,17 +179,21 @@ class AWP:
             # a model's gradient is scaled to length gamma * |w| below, so the mean over its rows need not be taken
             slopes = torch.autograd.grad(loss, weights)
         before = [w.detach().clone() for w in weights]
-        with torch.no_grad():
-            for w, slope in zip(weights, slopes, strict=True):
-                size = self.gamma * _lengths(w) / _lengths(slope).clamp_min(1e-20)
-                w.add_(slope * size)
 
         def undo() -> None:
             with torch.no_grad():
                 for w, old in zip(weights, before, strict=True):
                     w.copy_(old)
 
-        return replace(self.inner.losses(net, x, x_adv, y, index), undo=undo)
+        try:
+            with torch.no_grad():
+                for w, slope in zip(weights, slopes, strict=True):
+                    size = self.gamma * _lengths(w) / _lengths(slope).clamp_min(1e-20)
+                    w.add_(slope * size)
+            return replace(self.inner.losses(net, x, x_adv, y, index), undo=undo)
+        except BaseException:
+            undo()
+            raise
 
 
 def _lengths(w: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from demem_lab import data, farm, queries, risk, training
 from demem_lab.attacks import PGD, margin
 from demem_lab.data import Dataset
 from demem_lab.mechanisms import DPSGD, Drop, LossVariance, Mechanism, Plain, SelectiveDP
-from demem_lab.models import MLP, ResNet18, SmallCNN, Spec
+from demem_lab.models import ARCHITECTURES
 from demem_lab.objectives import AWP, PGDAT, TRADES, Natural, Objective
 from demem_lab.optimizers import SGD, HalfFlat, Schedule, StepDecay
 from demem_lab.remedies import GradedRelease, release_schedule
@@ -38,7 +38,6 @@ from demem_lab.training import Ensemble, Recipe
 from demem_lab.validate import choice, finite, integer
 
 MODULES = (*training.MODULES, "queries", "protocol")
-ARCHITECTURES: dict[str, Spec] = {"mlp": MLP(), "cnn": SmallCNN(), "resnet18": ResNet18()}
 OBJECTIVES = ("natural", "pgd-at", "trades", "awp", "trades-awp")
 
 

@@ -7,56 +7,102 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from demem_lab import farm
 from demem_lab.attacks import PGD, Loss, cross_entropy, frozen
-from demem_lab.data import Dataset
+from demem_lab.data import Dataset, Deposited
+from demem_lab.store import Store
 from demem_lab.streams import Streams
-from demem_lab.training import Ensemble
+from demem_lab.training import Ensemble, Recipe
 
 
-@torch.no_grad()
 def outputs(
     ensemble: Ensemble, dataset: Dataset, *, attack: PGD | None = None, loss: Loss = cross_entropy,
-    device: str = "auto", block: int = 300, only: np.ndarray | None = None, stop: threading.Event | None = None,
+    device: str = "auto", block: int = 300, only: np.ndarray | None = None, executor: Executor | None = None,
+    store: Store | None = None, stop: threading.Event | None = None,
 ) -> np.ndarray:
     """Logits [M, N, K] float32 of every model on every sample, clean or on that model's own adversarial examples.
 
     `loss` is what the attack increases. The one table that all measuring reads. Attacks run at full strength, no sample is
     dropped early. A random start, if the attack has one, comes from each model's own stream. only: bool [M, N], the samples
-    each model is asked about (default all); the other rows are NaN. stop: once set (by another thread), KeyboardInterrupt.
+    each model is asked about (default all); the other rows are NaN. block: samples asked about at once. executor: as in
+    `train`; store: where its workers read the images, which every chunk carries otherwise. Models that do not fit into memory
+    together are asked one after the other; MemoryError when one does not. stop: once set (by another thread),
+    KeyboardInterrupt.
     """
-    on = farm.device(device)
-    farm.one_thread_each(on)
-    per_chunk = min(16, -(-ensemble.models // farm.workers(on)))  # more at once only costs memory here
-    chunks = [list(range(i, min(i + per_chunk, ensemble.models))) for i in range(0, ensemble.models, per_chunk)]
-
-    def query(rows: list[int], stop) -> np.ndarray:
-        net = ensemble.network(rows, on)
-        out = np.full((len(rows), dataset.n, ensemble.classes), np.nan, dtype=np.float32)
+    on = farm.device(device) if executor is None else farm.device_of(executor, device)
+    per_chunk = 16 if executor is not None else min(16, -(-ensemble.models // farm.workers(on)))  # more only costs memory here
+    questions = []
+    images = dataset
+    if executor is not None and store is not None:
+        images = Deposited.of(dataset, Store(store.root.absolute()))
+    for first in range(0, ensemble.models, per_chunk):
+        rows = list(range(first, min(first + per_chunk, ensemble.models)))
         asked = np.ones((len(rows), dataset.n), dtype=bool) if only is None else np.asarray(only, dtype=bool)[rows]
-        for start in range(0, dataset.n, block):
-            if stop is not None and stop.is_set():
-                raise KeyboardInterrupt
-            wanted = asked[:, start : start + block]
-            most = int(wanted.sum(1).max())  # models share one forward pass, so all are asked about as many as the busiest
-            if not most:
-                continue
-            index = start + np.argsort(~wanted, axis=1, kind="stable")[:, :most]
-            x, y = (t[torch.from_numpy(index).flatten()].to(on) for t in (dataset.x, dataset.y))
-            if attack is not None:
-                rng = Streams(tuple(ensemble.seeds[r] for r in rows), "query", start, device=on)
-                x = attack(net, x, y, rng=rng, loss=loss)
-            with frozen(net), torch.no_grad():
-                logits = net(x).unflatten(0, (len(rows), -1)).float().cpu().numpy()
-            np.put_along_axis(out, index[..., None], logits, axis=1)
-        out[~asked] = np.nan
-        return out
+        # settings, losses and traces do not change an answer, and need not travel
+        few = replace(ensemble.part(rows), recipe=Recipe(model=ensemble.recipe.model), trace=None)
+        questions.append(_Question(few, images, attack, loss, on, block, asked))
+    how = {"at_once": farm.workers(on), "executor": executor, "stop": stop, "fix": "ask another one"}
+    return np.concatenate(farm.run(_answer, questions, **how))
 
-    return np.concatenate(farm.run(query, chunks, at_once=farm.workers(on), stop=stop))
+
+@dataclass(frozen=True)
+class _Question:
+    ensemble: Ensemble
+    dataset: Dataset | Deposited
+    attack: PGD | None
+    loss: Loss
+    device: torch.device
+    block: int
+    asked: np.ndarray  # bool [M, N]
+
+
+def _answer(question: _Question, stop) -> np.ndarray:
+    farm.ready(question.device)
+    try:
+        return _logits(question, stop)
+    except torch.OutOfMemoryError:
+        models = question.ensemble.models
+    if models == 1:
+        raise MemoryError(
+            f"the memory of {question.device} does not hold one model that is asked about {question.block} samples; "
+            "take a smaller block or model, or free the device"
+        )
+    farm.free(question.device)
+    halves = list(range(models // 2)), list(range(models // 2, models))
+    return np.concatenate([
+        _answer(replace(question, ensemble=question.ensemble.part(rows), asked=question.asked[rows]), stop) for rows in halves
+    ])
+
+
+@torch.no_grad()
+def _logits(question: _Question, stop) -> np.ndarray:
+    ensemble, dataset, on, asked = question.ensemble, question.dataset, question.device, question.asked
+    dataset = dataset.load() if isinstance(dataset, Deposited) else dataset
+    net = ensemble.network(device=on)
+    out = np.full((ensemble.models, dataset.n, ensemble.classes), np.nan, dtype=np.float32)
+    for start in range(0, dataset.n, question.block):
+        if stop is not None and stop.is_set():
+            raise KeyboardInterrupt
+        wanted = asked[:, start : start + question.block]
+        most = int(wanted.sum(1).max())  # models share one forward pass, so all are asked about as many as the busiest
+        if not most:
+            continue
+        index = start + np.argsort(~wanted, axis=1, kind="stable")[:, :most]
+        x, y = (t[torch.from_numpy(index).flatten()].to(on) for t in (dataset.x, dataset.y))
+        if question.attack is not None:
+            rng = Streams(ensemble.seeds, "query", start, device=on)
+            x = question.attack(net, x, y, rng=rng, loss=question.loss)
+        with frozen(net), torch.no_grad():
+            logits = net(x).unflatten(0, (ensemble.models, -1)).float().cpu().numpy()
+        np.put_along_axis(out, index[..., None], logits, axis=1)
+    out[~asked] = np.nan
+    return out
 
 
 def gradient_norms(

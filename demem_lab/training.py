@@ -5,17 +5,21 @@
 
 Each model has its own members, seed and settings. How many models share a batched matrix product is measured on the
 spot (`chunk_size`), because the best number depends on image size and machine; it changes the speed, not the streams of
-random numbers. A killed run continues from its last checkpoint in the store.
+random numbers. A killed run continues from its last checkpoint in the store. With an `executor`, chunks are trained by
+other processes or machines:
+
+>>> client = dask.distributed.Client("scheduler:8786")                                                # doctest: +SKIP
+>>> train(digits, members, recipe, seeds=seeds, store=store, chunk=4,
+...       executor=client.get_executor(resources={"GPU": 1}))                                         # doctest: +SKIP
 """
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,38 +27,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demem_lab import farm
-from demem_lab.data import Dataset
-from demem_lab.live import Moment, Watch
-from demem_lab.mechanisms import Batch, Guarantee, Mechanism, Plain
-from demem_lab.models import MLP, Network, Spec
-from demem_lab.objectives import Natural, Objective
-from demem_lab.optimizers import SGD, AdamW, HalfFlat, Schedule
-from demem_lab.sampling import Poisson, Sampler, kept_only
-from demem_lab.store import Store
-from demem_lab.streams import Streams
-from demem_lab.validate import finite, integer, member_mask
+from demem_lab.chunks import CHECKPOINT_SECONDS, Room, Task, chunk_size, train_chunk, train_elsewhere
+from demem_lab.data import Dataset, Deposited
+from demem_lab.live import Watch
+from demem_lab.mechanisms import Guarantee
+from demem_lab.models import Network
+from demem_lab.precision import Precision, resolve
+from demem_lab.recipe import MODULES, Job, Recipe, check
+from demem_lab.sampling import Poisson
+from demem_lab.state import State
+from demem_lab.store import Store, code_version
+from demem_lab.validate import integer
 
-MODULES = (
-    "streams", "data", "layers", "models", "attacks", "objectives", "mechanisms", "budgets", "remedies", "sampling",
-    "optimizers", "training",
-)  # whose source decides what a trained model is
-CHECKPOINT_SECONDS = 20.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides how a model is trained, apart from its members and its seed."""
-
-    model: Spec = field(default_factory=MLP)
-    objective: Objective = field(default_factory=Natural)
-    mechanism: Mechanism = field(default_factory=Plain)
-    optimizer: SGD | AdamW = field(default_factory=SGD)
-    sampler: Sampler = field(default_factory=Poisson)
-    schedule: Schedule = field(default_factory=HalfFlat)
-    epochs: float = 30
-
-    def __post_init__(self) -> None:
-        finite("epochs", self.epochs, low=0.01, high=100_000)
+__all__ = ["MODULES", "Ensemble", "Recipe", "train"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,18 @@ class Ensemble:
             models=len(rows), shape=self.shape, classes=self.classes, seeds=[self.seeds[r] for r in rows]
         )
         net.load_state_dict({name: tensor[rows] for name, tensor in self.parameters.items()})
-        return net.to(device).eval()
+        return net.to(device).arranged_for(device).eval()
+
+    def part(self, rows: Sequence[int]) -> Ensemble:
+        """Some of the models."""
+        rows = list(rows)
+        mechanism = self.recipe.mechanism.for_models(rows, self.models)
+        recipe = replace(self.recipe, mechanism=mechanism, optimizer=self.recipe.optimizer.for_models(rows, self.models))
+        return replace(
+            self, parameters={name: tensor[rows] for name, tensor in self.parameters.items()}, members=self.members[rows],
+            seeds=tuple(self.seeds[r] for r in rows), recipe=recipe, losses=self.losses[rows],
+            trace=None if self.trace is None else self.trace[rows],
+        )
 
     def guarantee(self, *, delta: float, model: int = 0) -> Guarantee:
         """What the mechanism promises the samples of model number `model`."""
@@ -100,275 +96,143 @@ def train(
     dataset: Dataset, members: Tensor, recipe: Recipe, *, seeds: Sequence[int], device: str = "auto",
     store: Store | None = None, trace: bool = False, progress: bool = False, label: str = "training",
     chunk: int | None = None, dtype: torch.dtype = torch.float32, checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    watch: Watch | None = None,
+    executor: Executor | None = None, deterministic: bool = False, compiled: bool = False, watch: Watch | None = None,
 ) -> Ensemble:
     """Train one model for each row of `members` (bool [M, N]).
 
     seeds: one a model. store: results are kept there and reused; an interrupted or killed run continues. trace: keep the
     loss of every sample in every epoch. chunk: models in one batched product (default: measured). dtype: of the weights.
-    watch: told of every step, and able to stop.
-    Raises ValueError for masks, flags or batch sizes that do not fit the data.
+    executor: any concurrent.futures executor of processes or machines (threads share this process anyway); "auto" is then
+    the workers' device. The store must be on a file system that all of them see: a killed worker then loses at most
+    `checkpoint_seconds` of one chunk, and images are read from there. Without a store every chunk carries them.
+    deterministic: two runs on a GPU give the same bits, and are slower (on a CPU they do anyway). compiled: let torch.compile
+    fuse the network's passes; up to a minute at first, other roundings. watch: told of every step (not of those an executor
+    takes), and able to stop.
+    Raises ValueError for masks, flags or batch sizes that do not fit the data, MemoryError when not even one model fits
+    (chunks that do not are halved, with a ChunkHalved warning), farm.ExecutorDied when the executor stops working.
     """
-    _check(dataset, members, recipe, seeds)
-    job = _Job(dataset, members, recipe, tuple(seeds), farm.device(device), trace, dtype, members.double().sum(1).mean().item())
+    check(dataset, members, recipe, seeds, dtype)
+    on = farm.device(device) if executor is None else farm.device_of(executor, device)
+    recipe = replace(recipe, precision=_resolved(recipe.precision, on, executor))  # kept results say what it was
+    expected = members.double().sum(1).mean().item()
+    job = Job(dataset, members, recipe, tuple(seeds), on, trace, dtype, expected, deterministic, compiled)
+    run = _Run(job, store, progress, label, chunk, checkpoint_seconds, executor, watch)
     if store is None:
-        return _gathered(job, _train_chunks(job, None, progress, label, chunk, checkpoint_seconds, watch), fresh=True)
+        return _gathered(job, _packed(run.chunks()), fresh=True)
     fresh = False
 
     def compute():
         nonlocal fresh
         fresh = True
-        return _packed(_train_chunks(job, store, progress, label, chunk, checkpoint_seconds, watch))
+        return _packed(run.chunks())
 
     entry = store.compute("ensemble", job.config(), compute, modules=MODULES)
-    return _gathered(job, _unpacked(entry.arrays), fresh=fresh, seconds=entry.meta.get("seconds", 0.0))
+    return _gathered(job, entry.arrays, fresh=fresh, seconds=entry.meta.get("seconds", 0.0))
 
 
 @dataclass(frozen=True)
-class _Job:
-    dataset: Dataset
-    members: Tensor
-    recipe: Recipe
-    seeds: tuple[int, ...]
-    device: torch.device
-    trace: bool
-    dtype: torch.dtype
-    expected_members: float  # the mean row size of the whole design: cutting it in chunks must not change a schedule
+class _Run:
+    job: Job
+    store: Store | None
+    progress: bool
+    label: str
+    chunk: int | None
+    checkpoint_seconds: float
+    executor: Executor | None
+    watch: Watch | None
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return max(1, round(self.expected_members / self.recipe.sampler.batch_size))
+    def chunks(self) -> list[dict[str, np.ndarray]]:
+        job, store = self.job, self.store
+        size = self._size() if self.chunk is None else integer("chunk", self.chunk, low=1)
+        rows = [list(range(i, min(i + size, job.models))) for i in range(0, job.models, size)]
+        parts = [job.part(r) for r in rows]
+        kept = {i: self._get(part) for i, part in enumerate(parts)}
+        todo = [i for i, arrays in kept.items() if arrays is None]
+        bar = tqdm(total=job.steps * job.models, desc=self.label, unit="step", disable=not self.progress, leave=False,
+                   mininterval=1, file=sys.stdout)  # on stderr JupyterLab would leave a red bar behind
+        lock = threading.Lock()
 
-    @property
-    def steps(self) -> int:
-        return max(1, round(self.recipe.epochs * self.steps_per_epoch))
-
-    @property
-    def epochs(self) -> int:
-        return math.ceil(self.steps / self.steps_per_epoch)
-
-    @property
-    def sampling_rate(self) -> float:
-        return self.recipe.sampler.batch_size / self.expected_members
-
-    def part(self, rows: list[int]) -> _Job:
-        mechanism = self.recipe.mechanism.for_models(rows, len(self.members))
-        optimizer = self.recipe.optimizer.for_models(rows, len(self.members))
-        recipe = replace(self.recipe, mechanism=mechanism, optimizer=optimizer)
-        return replace(self, members=self.members[rows], recipe=recipe, seeds=tuple(self.seeds[r] for r in rows))
-
-    def config(self) -> dict:
-        return {
-            "data": self.dataset.fingerprint, "members": self.members, "recipe": self.recipe, "seeds": self.seeds,
-            "device": self.device.type, "trace": self.trace, "dtype": str(self.dtype),
-            "expected_members": self.expected_members,
-        }
-
-
-def _check(dataset: Dataset, members: Tensor, recipe: Recipe, seeds: Sequence[int]) -> None:
-    member_mask(members, n=dataset.n)
-    if len(seeds) != len(members):
-        raise ValueError(f"{len(members)} models need {len(members)} seeds, got {len(seeds)}")
-    smallest = int(members.sum(1).min())
-    integer("batch_size", recipe.sampler.batch_size, low=1, high=smallest, fix=f"the smallest model has {smallest} members")
-    recipe.mechanism.check(dataset.n)
-    recipe.mechanism.for_models(range(len(members)), len(members))  # one setting a model, or one for all
-    recipe.optimizer.for_models(range(len(members)), len(members))
-    if isinstance(recipe.sampler, Poisson) and getattr(recipe.model, "norm", "group") == "batch":
-        raise ValueError("batch normalisation cannot see Poisson batches of changing size; use Shuffled(...) or norm='group'")
-
-
-def _train_chunks(job: _Job, store, progress, label, chunk, checkpoint_seconds, watch) -> list[dict[str, np.ndarray]]:
-    farm.one_thread_each(job.device)
-    models = len(job.members)
-    size = chunk_size(job) if chunk is None else integer("chunk", chunk, low=1)
-    chunks = [list(range(i, min(i + size, models))) for i in range(0, models, size)]
-    bar = tqdm(total=job.steps * models, desc=label, unit="step", disable=not progress, leave=False, mininterval=1,
-               file=sys.stdout)  # on stderr JupyterLab would leave a red bar behind
-    lock = threading.Lock()
-
-    def one(rows: list[int], stop) -> dict[str, np.ndarray]:
-        part = job.part(rows)
-
-        def advance(steps: int, state: _State | None = None) -> None:
+        def tell(steps: int) -> None:
             with lock:
                 bar.update(steps)
-            if watch is not None and state is not None:
-                watch.on_step(state.moment(label, rows, models))
 
-        if store is None:
-            return _train_one(part, None, stop, advance, checkpoint_seconds)
-        config = part.config()
-        kept = store.get("chunk", config, modules=MODULES)
-        if kept is not None:
-            advance(job.steps * len(rows))
-            return dict(kept.arrays)
-        result = _train_one(part, (store, config), stop, advance, checkpoint_seconds)
-        store.put("chunk", config, result, modules=MODULES)
-        store.drop("checkpoint", config, modules=MODULES)
-        return result
+        with bar:
+            tell(job.steps * sum(parts[i].models for i in kept if i not in todo))
+            if self.executor is None:
+                found = self._here([(rows[i], parts[i]) for i in todo], tell)
+            else:
+                found = self._over([parts[i] for i in todo], tell)
+        kept |= dict(zip(todo, found, strict=True))
+        if store is not None:  # the whole ensemble is about to be stored
+            for part in parts:
+                store.drop("chunk", part.config(), modules=MODULES)
+        return [kept[i] for i in range(len(parts))]
 
-    with bar:
-        results = farm.run(one, chunks, at_once=farm.workers(job.device), stop=watch and watch.stop)
-    if store is not None:  # the whole ensemble is about to be stored
-        for rows in chunks:
-            store.drop("chunk", job.part(rows).config(), modules=MODULES)
-    return results
+    def _size(self) -> int:
+        job = self.job
+        if self.executor is None:
+            at_once = farm.workers(job.device)
+            return chunk_size(job, -(-job.models // at_once))  # every worker has something to do
+        few = job.part(list(range(min(job.models, 16))))  # measured by a worker, as its machine may be another one
+        return farm.run(_size_elsewhere, [few], executor=self.executor)[0]
 
+    def _get(self, part: Job) -> dict[str, np.ndarray] | None:
+        entry = None if self.store is None else self.store.get("chunk", part.config(), modules=MODULES)
+        return None if entry is None else dict(entry.arrays)
 
-def _train_one(job: _Job, keep, stop, advance, checkpoint_seconds: float) -> dict[str, np.ndarray]:
-    state = _State(job)
-    if keep is not None:
-        store, config = keep
-        saved = store.get("checkpoint", config, modules=MODULES)
-        if saved is not None:
-            state.restore(saved.arrays)
-            advance(state.step * state.models, state)
-    last = time.monotonic()
-    while state.step < job.steps:
-        interrupted = stop is not None and stop.is_set()
-        if keep is not None and (interrupted or time.monotonic() - last > checkpoint_seconds):
-            store.put("checkpoint", config, state.arrays(), modules=MODULES)
-            last = time.monotonic()
-        if interrupted:
-            raise KeyboardInterrupt
-        try:
-            state.advance()
-        except KeyboardInterrupt:  # in the main thread it can strike in the middle of a step: that step is repeated
-            if keep is not None and state.consistent:
-                store.put("checkpoint", config, state.arrays(), modules=MODULES)
-            raise
-        advance(state.models, state)
-    return state.result()
+    def _here(self, parts: list[tuple[list[int], Job]], tell) -> list[dict[str, np.ndarray]]:
+        farm.one_thread_each(self.job.device)
+        room, watch = Room(), self.watch
 
+        def one(part: tuple[list[int], Job], stop) -> dict[str, np.ndarray]:
+            rows, job = part
 
-class _State:
-    """A chunk of models between two steps."""
+            def told(steps: int, state: State | None = None, which: Sequence[int] = ()) -> None:
+                tell(steps)
+                if watch is not None and state is not None:
+                    watch.on_step(state.moment(self.label, [rows[w] for w in which], self.job.models))
 
-    def __init__(self, job: _Job) -> None:
-        self.job, self.device, self.models = job, job.device, len(job.members)
-        self.x = job.dataset.x.to(job.device, job.dtype)
-        self.y = job.dataset.y.to(job.device)
-        self.members = job.members.to(job.device)
-        self.net = job.recipe.model.build(
-            models=self.models, shape=job.dataset.shape, classes=len(job.dataset.classes), seeds=job.seeds
-        ).to(job.device, job.dtype)
-        self.net.train()
-        self.optimizer = job.recipe.optimizer.start(list(self.net.parameters()))
-        self.draw = job.recipe.sampler.start(self.members, job.seeds, job.sampling_rate, job.steps_per_epoch)
-        self.loss_sum = torch.zeros(self.models, job.epochs, dtype=torch.float64, device=job.device)
-        self.loss_count = torch.zeros_like(self.loss_sum)
-        self.trace = None
-        if job.trace:
-            self.trace = torch.full((self.models, job.epochs, job.dataset.n), float("nan"), device=job.device)
-        self.step, self.consistent = 0, True
+            return train_chunk(Task(job, self.store, self.checkpoint_seconds), stop, told, room)
 
-    def advance(self) -> None:
-        job, t = self.job, self.step
-        index, valid = self.draw(t)
-        kept = job.recipe.mechanism.takes_part(self._batch(index, valid))
-        if not torch.equal(kept, valid):  # who has left costs nothing
-            index, valid = kept_only(index, kept)
-        rng = Streams(job.seeds, "attack", t, counts=valid.sum(1).tolist(), device=self.device)
-        batch = self._batch(index, valid)
-        flat, objective, mechanism = index.flatten(), job.recipe.objective, job.recipe.mechanism
-        whole = {"counts": mechanism.counted(batch).flatten()} if getattr(objective, "shifts_weights", False) else {}
-        self.consistent = not whole  # an interruption must not keep weights that were moved for a moment
-        with self.net.recording(mechanism.per_sample):
-            seen = objective(self.net, self.x[flat], self.y[flat], flat, rng=rng, **whole)
-            gradients = mechanism.update(self.net, seen, batch)
-        if seen.undo is not None:
-            seen.undo()
-        self.consistent = False
-        self.optimizer.apply(gradients, job.recipe.schedule(t, job.steps))
-        self._note(seen.adversarial_ce.detach().view_as(valid), index, valid, t // job.steps_per_epoch)
-        self.step, self.consistent = t + 1, True
+        with farm.deterministic(self.job.deterministic):
+            return farm.run(one, parts, at_once=farm.workers(self.job.device), stop=watch and watch.stop)
 
-    def _batch(self, index: Tensor, valid: Tensor) -> Batch:
-        job, t = self.job, self.step
-        noise = Streams(job.seeds, "noise", t, device=self.device)
-        return Batch(
-            index, valid, float(job.recipe.sampler.batch_size), t, job.steps, noise, epoch=t // job.steps_per_epoch
+    def _over(self, parts: list[Job], tell) -> list[dict[str, np.ndarray]]:
+        store = None if self.store is None else Store(self.store.root.absolute())  # a worker stands in another folder
+        images = self.job.dataset if store is None else Deposited.of(self.job.dataset, store)
+        sent = [replace(part, dataset=images) for part in parts]
+        tasks = [Task(part, store, self.checkpoint_seconds, code_version(MODULES)) for part in sent]
+
+        def done(number: int, _) -> None:
+            tell(self.job.steps * parts[number].models)
+
+        again = "start another one and train again: " + (
+            "without a store everything is computed anew" if store is None else f"what is done is kept in {store.root}"
         )
-
-    def _note(self, losses: Tensor, index: Tensor, valid: Tensor, epoch: int) -> None:
-        self.loss_sum[:, epoch] += torch.where(valid, losses, 0).sum(1)
-        self.loss_count[:, epoch] += valid.sum(1)
-        if self.trace is not None:
-            model, place = valid.nonzero(as_tuple=True)
-            self.trace[model, epoch, index[model, place]] = losses[model, place].to(self.trace.dtype)
-
-    def moment(self, label: str, rows: list[int], models: int) -> Moment:
-        last = max(0, self.step - 1) // self.job.steps_per_epoch
-        ends = self.step > 0 and (self.step % self.job.steps_per_epoch == 0 or self.step == self.job.steps)
-        losses = self.loss_sum[:, last] / self.loss_count[:, last]
-        return Moment(label, tuple(rows), models, self.step, self.job.steps, last + ends, ends, self.net, self.members, losses)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        kept = {f"net/{name}": tensor for name, tensor in self.net.state().items()}
-        kept |= {f"opt/{name}": tensor for name, tensor in self.optimizer.state().items()}
-        kept |= {"step": torch.tensor(self.step), "loss_sum": self.loss_sum, "loss_count": self.loss_count}
-        if self.trace is not None:
-            kept["trace"] = self.trace
-        return {name: tensor.detach().cpu().numpy() for name, tensor in kept.items()}
-
-    def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        tensors = {name: torch.from_numpy(np.array(array)).to(self.device) for name, array in arrays.items()}
-        self.net.load_state_dict({name[4:]: t for name, t in tensors.items() if name.startswith("net/")})
-        self.optimizer.load({name[4:]: t for name, t in tensors.items() if name.startswith("opt/")})
-        self.step = int(tensors["step"])
-        self.loss_sum, self.loss_count = tensors["loss_sum"], tensors["loss_count"]
-        if self.trace is not None:
-            self.trace = tensors["trace"]
-
-    def result(self) -> dict[str, np.ndarray]:
-        kept = {f"net/{name}": tensor.numpy() for name, tensor in self.net.state().items()}
-        kept["losses"] = (self.loss_sum / self.loss_count).cpu().numpy()
-        if self.trace is not None:
-            kept["trace"] = self.trace.cpu().numpy()
-        return kept
+        return farm.run(train_elsewhere, tasks, executor=self.executor, stop=self.watch and self.watch.stop, done=done, fix=again)
 
 
-_probed: dict[tuple, int] = {}
+def _resolved(precision: Precision, on: torch.device, executor: Executor | None) -> Precision:
+    if executor is None or precision is not Precision.AUTO:
+        return resolve(precision, on)
+    return farm.run(_resolved_elsewhere, [(precision, on)], executor=executor)[0]
 
 
-def chunk_size(job: _Job) -> int:
-    """Models in one batched product: the fastest of a few, over three real steps each (kept for the session)."""
-    models, at_once = len(job.members), farm.workers(job.device)
-    largest = -(-models // at_once)  # every worker has something to do
-    candidates = sorted({min(largest, c) for c in (1, 4, 16, 64, largest)})
-    kind = type(job.recipe.objective).__name__, type(job.recipe.mechanism).__name__
-    key = (job.recipe.model, job.dataset.shape, job.recipe.sampler, kind, largest, job.device.type, job.dtype)
-    if len(candidates) > 1 and key not in _probed:
-        _probed[key] = min(candidates, key=lambda c: _seconds_a_model_step(job, c))
-    return _probed.get(key, candidates[0])
+def _resolved_elsewhere(asked: tuple[Precision, torch.device], stop) -> Precision:
+    farm.ready(asked[1])
+    return resolve(*asked)
 
 
-def _seconds_a_model_step(job: _Job, size: int) -> float:
-    rows = list(range(size))
-    state = _State(job.part(rows))
-    # on a CPU, this thread's own time: whatever else the machine is doing must not decide
-    clock = time.perf_counter if job.device.type == "cuda" else time.thread_time
-    times = []
-    for _ in range(min(4, job.steps)):  # the first one warms up
-        start = clock()
-        state.advance()
-        if job.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(clock() - start)
-    return min(times[1:] or times) / size
+def _size_elsewhere(job: Job, stop) -> int:
+    farm.ready(job.device)
+    return chunk_size(job, job.models)
 
 
 def _packed(results: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([r[name] for r in results]) for name in results[0]}
 
 
-def _unpacked(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    return [dict(arrays)]
-
-
-def _gathered(job: _Job, results, *, fresh: bool, seconds: float = 0.0) -> Ensemble:
-    arrays = _packed(results)
+def _gathered(job: Job, arrays: dict[str, np.ndarray], *, fresh: bool, seconds: float = 0.0) -> Ensemble:
     return Ensemble(
         parameters={n[4:]: torch.from_numpy(np.array(a)) for n, a in arrays.items() if n.startswith("net/")},
         members=job.members, seeds=job.seeds, recipe=job.recipe, shape=tuple(job.dataset.shape),

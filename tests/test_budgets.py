@@ -18,8 +18,9 @@ from demem_lab.mechanisms import Drop, SelectiveDP
 from demem_lab.models import MLP
 from demem_lab.objectives import PGDAT, Natural
 from demem_lab.optimizers import SGD
+from demem_lab.recipe import Job, Recipe
 from demem_lab.sampling import Poisson
-from demem_lab.training import Recipe
+from demem_lab.state import State
 
 
 def rdp_epsilon(sigma, rate, steps, delta):
@@ -105,7 +106,6 @@ def test_after_the_last_step_of_a_sample_nothing_depends_on_it(tiny, flags):
 
 
 def test_noise_lasts_until_the_last_protected_sample_has_left(tiny, flags):
-    job = training.train.__globals__["_Job"]  # one step of the real thing, by hand
     recipe = Recipe(
         model=MLP(hidden=(4,)), mechanism=BudgetedDP(SIGMA, 1.0, flags, allowed=torch.where(flags, 3, 900)), sampler=Poisson(6),
         optimizer=SGD(lr=0.1, momentum=0), epochs=3,
@@ -114,7 +114,7 @@ def test_noise_lasts_until_the_last_protected_sample_has_left(tiny, flags):
     members = data.member_masks(tiny.n, 2, seed=3)
     states = []
     for r in (recipe, quiet):
-        states.append(training._State(job(tiny, members, r, (0, 1), torch.device("cpu"), False, torch.float64, 12.0)))
+        states.append(State(Job(tiny, members, r, (0, 1), torch.device("cpu"), False, torch.float64, 12.0)))
     for step in range(5):
         states[1].net.load_state_dict(states[0].net.state())
         for state in states:

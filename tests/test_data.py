@@ -1,5 +1,7 @@
 import gzip
 import os
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ from scipy import stats
 from sklearn.datasets import load_digits
 
 from demem_lab import data
-from demem_lab.data import Dataset, load, member_masks, mislabelled
+from demem_lab.data import Dataset, Deposited, load, member_masks, mislabelled
+from demem_lab.store import Store
 
 
 def test_digits_are_scikit_learns():
@@ -55,6 +58,28 @@ def test_canaries_always_have_a_wrong_label_uniformly():
     assert torch.equal(changed.y[untouched], digits.y[untouched]) and torch.equal(changed.x, digits.x)
     shift = (changed.y[index] - digits.y[index]) % 10
     assert stats.chisquare(torch.bincount(shift, minlength=10)[1:].numpy()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("name", ["digits", "bytes"])
+def test_a_deposited_data_set_comes_back_the_same(store, name):
+    digits = load(subset=50)
+    given = digits if name == "digits" else replace(digits, x=(digits.x * 15).byte().float() / 255)
+    found = pickle.loads(pickle.dumps(Deposited.of(given, store))).load()
+    assert torch.equal(found.x, given.x) and torch.equal(found.y, given.y) and found.fingerprint == given.fingerprint
+    assert (found.name, found.classes, found.eps, found.source) == (given.name, given.classes, given.eps, given.source)
+    kept = store.get("images", given.fingerprint).arrays["x"].dtype
+    assert kept == (np.uint8 if name == "bytes" else np.float32)  # sixteenths are no multiples of 1/255
+
+
+def test_a_store_that_a_worker_does_not_share_is_one_sentence(store, tmp_path):
+    deposited = Deposited.of(load(subset=50), store)
+    with pytest.raises(FileNotFoundError, match="a worker does not find the images in .*file system that all machines share"):
+        replace(deposited, store=Store(tmp_path / "elsewhere")).load()
+
+
+def test_images_and_labels_live_on_one_device():
+    with pytest.raises(ValueError, match="images are on meta and labels on cpu; put both on one device"):
+        Dataset("made", X.to("meta"), Y, ("a", "b"), "made", 0.1)
 
 
 X, Y = torch.rand(6, 1, 4, 4), torch.tensor([0, 1, 0, 1, 0, 1])
@@ -108,6 +133,50 @@ def test_fashion_mnist_files_are_read_from_torchvisions_layout(tmp_path, packed)
     found = load("fashion_mnist", root=tmp_path)
     assert np.allclose(found.x[:, 0].numpy() * 255, images, atol=1e-4) and np.array_equal(found.y.numpy(), labels)
     assert found.classes[0] == "T-shirt" and found.eps == 0.05
+
+
+def fashion_files(folder, train=30, test=20):
+    rng = np.random.default_rng(0)
+    for part, n in (("train", train), ("t10k", test)):
+        write_idx(folder / f"{part}-images-idx3-ubyte", rng.integers(0, 256, (n, 28, 28)))
+        write_idx(folder / f"{part}-labels-idx1-ubyte", np.arange(n) % 10)
+
+
+def test_all_is_train_and_then_test(tmp_path):
+    fashion_files(tmp_path / "FashionMNIST" / "raw")
+    train, test, everything = (load("fashion_mnist", root=tmp_path, split=s) for s in ("train", "test", "all"))
+    assert (train.n, test.n, everything.n) == (30, 20, 50)
+    assert torch.equal(everything.x, torch.cat([train.x, test.x])) and torch.equal(everything.y[30:], test.y)
+    assert load("fashion_mnist", root=tmp_path, split="all", subset=40).n == 40
+    assert load(split="all").fingerprint == load().fingerprint
+
+
+@pytest.mark.parametrize("torn", ["short", "empty", "missing", "gz", "gz content"])
+def test_a_half_downloaded_data_set_is_one_sentence(tmp_path, torn):
+    folder = tmp_path / "FashionMNIST" / "raw"
+    fashion_files(folder)
+    file = folder / "train-images-idx3-ubyte"
+    content = file.read_bytes()
+    if torn == "missing":
+        file.unlink()
+    elif torn.startswith("gz"):
+        file.unlink()
+        packed = gzip.compress(content)
+        (folder / f"{file.name}.gz").write_bytes(packed[: len(packed) // 2] if torn == "gz" else b"not gzip")
+    else:
+        file.write_bytes(content[: len(content) // 2] if torn == "short" else b"")
+    for _ in range(2):  # unpacking half an archive leaves half a file behind, which must not be taken for a whole one
+        with pytest.raises(FileNotFoundError, match="fashion_mnist in .* is damaged or not whole; delete .*FashionMNIST, then"):
+            load("fashion_mnist", root=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "file"), [("cifar10", "cifar-10-batches-py/data_batch_1"), ("svhn", "train_32x32.mat")])
+def test_half_of_an_archive_is_noticed_by_its_checksum(tmp_path, name, file):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"half of it")
+    with pytest.raises(FileNotFoundError, match=f"{name} in .* is damaged or not whole"):
+        load(name, root=tmp_path)
 
 
 @pytest.mark.parametrize(("name", "n", "shape"), [("cifar10", 50_000, (3, 32, 32)), ("fashion_mnist", 60_000, (1, 28, 28))])

@@ -1,3 +1,5 @@
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -84,3 +86,19 @@ def test_workers_can_be_set_and_nonsense_is_refused(monkeypatch):
 
 def test_device_auto_and_by_name():
     assert farm.device("cpu").type == "cpu" and farm.device().type in ("cpu", "cuda")
+
+
+def die_at_chunk_2(chunk, stop):
+    if chunk == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return chunk
+
+
+def test_a_pool_of_processes_that_loses_one_is_dead():
+    done, processes = [], ProcessPoolExecutor(1)
+    with pytest.raises(farm.ExecutorDied, match=r"after 2 of 5 chunks \(BrokenProcessPool: .*\); start another one"):
+        farm.run(die_at_chunk_2, range(5), executor=processes, done=lambda number, result: done.append((number, result)))
+    assert done == [(0, 0), (1, 1)]
+    with pytest.raises(farm.ExecutorDied, match="after 0 of 1 chunks"):
+        farm.run(die_at_chunk_2, [0], executor=processes)
+    processes.shutdown()

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from demem_lab import layers
 from demem_lab.attacks import PGD
 from demem_lab.mechanisms import Batch, SelectiveDP
-from demem_lab.models import MLP, ResNet18, SmallCNN
+from demem_lab.models import ARCHITECTURES, MLP, VGG, ResNet18, SmallCNN, WideResNet, by_name
 from demem_lab.objectives import PGDAT, TRADES, Natural
 from demem_lab.streams import Streams
 
 SPECS = {
     "mlp": (MLP((12, 9)), (1, 4, 4)), "cnn": (SmallCNN(width=4, hidden=8), (2, 8, 8)),
-    "resnet": (ResNet18(width=8), (3, 8, 8)),
+    "resnet": (ResNet18(width=8), (3, 8, 8)), "wide": (WideResNet(10, 1), (3, 8, 8)), "vgg": (VGG(width=4), (3, 8, 16)),
 }
 
 
@@ -75,6 +75,52 @@ def test_resnet_is_what_torch_computes():
         h = F.relu(normal(conv(way, block.conv2), block.norm2) + short)
     assert [b.conv1.stride for b in net.blocks] == [1, 1, 2, 1, 2, 1, 2, 1]
     assert torch.allclose(net(x)[5:], F.linear(h.mean((2, 3)), net.out.weight[1].T, net.out.bias[1]), atol=1e-9)
+
+
+def test_wide_resnet_is_what_torch_computes():
+    net, x, _ = build("wide", 2)
+
+    def active(h, layer):
+        return F.relu(F.group_norm(h, layer.groups, layer.weight[1], layer.bias[1]))
+
+    def conv(h, layer):
+        return F.conv2d(h, layer.weight[1], stride=layer.stride, padding=layer.kernel // 2)
+
+    h = conv((x[5:] - net.mean) / net.std, net.stem)
+    for block in net.blocks:
+        way = active(h, block.norm1)
+        short = h if block.short is None else conv(way, block.short)
+        h = short + conv(active(conv(way, block.conv1), block.norm2), block.conv2)
+    assert [b.conv1.stride for b in net.blocks] == [1, 2, 2]
+    h = active(h, net.last_norm).mean((2, 3))
+    assert torch.allclose(net(x)[5:], F.linear(h, net.out.weight[1].T, net.out.bias[1]), atol=1e-9)
+
+
+def test_vgg_is_what_torch_computes():
+    net, x, _ = build("vgg", 2)
+    h = (x[5:] - net.mean) / net.std
+    for number, (conv, norm) in enumerate(zip(net.conv, net.norm, strict=True)):
+        h = F.conv2d(h, conv.weight[1], padding=1)
+        h = F.relu(F.group_norm(h, norm.groups, norm.weight[1], norm.bias[1]))
+        h = F.max_pool2d(h, 2) if number in (1, 3, 5) else h
+    assert h.shape == (5, 16, 1, 2)
+    assert torch.allclose(net(x)[5:], F.linear(h.flatten(1), net.out.weight[1].T, net.out.bias[1]), atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize(("name", "millions"), [("resnet18", 11.173962), ("wrn28_10", 36.479194)])
+def test_large_networks_have_the_size_of_the_literature(name, millions, norm):
+    # kuangliu/pytorch-cifar and the WideResNet paper's table 4 (36.5M): convolutions, scale and shift, one linear layer
+    with torch.device("meta"):
+        net = by_name(name, norm=norm).build(models=1, shape=(3, 32, 32), classes=10, seeds=(0,), device="meta")
+    assert sum(p.numel() for p in net.parameters()) == round(millions * 1e6)
+    blocks = net.blocks
+    assert len(blocks) == {"resnet18": 8, "wrn28_10": 12}[name] and net.has_batch_norm == (norm == "batch")
+
+
+def test_architectures_by_name():
+    assert all(by_name(name) == spec for name, spec in ARCHITECTURES.items())
+    assert by_name("vgg", norm="batch") == VGG(norm="batch")
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -146,6 +192,10 @@ def test_recording_ends_with_the_block_also_after_an_error():
     (lambda: build("mlp", 3)[0](torch.rand(7, 1, 4, 4)), "7 rows"),
     (lambda: SmallCNN().build(models=1, shape=(1, 4, 4), classes=2, seeds=(0,)), "image height"),
     (lambda: ResNet18(norm="layer").build(models=1, shape=(1, 8, 8), classes=2, seeds=(0,)), "norm must be"),
+    (lambda: WideResNet(12).build(models=1, shape=(1, 8, 8), classes=2, seeds=(0,)), "depth must be 6 n"),
+    (lambda: VGG().build(models=1, shape=(1, 8, 4), classes=2, seeds=(0,)), "image height"),
+    (lambda: by_name("vit"), "'wrn28_10'"), (lambda: by_name("cnn", norm="batch"), "only these have a choice"),
+    (lambda: by_name("vgg", norm="layer"), "norm must be"),
     (lambda: MLP().build(models=2, shape=(1, 4, 4), classes=2, seeds=(0,)), "2 seeds"),
 ])
 def test_bad_input(action, words):

@@ -19,6 +19,8 @@ validate
 streams
 store
 data
+augment
+precision
 layers
 models
 attacks
@@ -30,8 +32,11 @@ budgets
 remedies
 sampling
 optimizers
-farm
 live
+recipe
+state
+farm
+chunks
 training
 pairs
 queries

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from demem_lab import training
 from demem_lab.attacks import PGD
 from demem_lab.data import member_masks
 from demem_lab.mechanisms import DPSGD, Drop, LossVariance, Plain, SelectiveDP
@@ -21,6 +20,7 @@ from demem_lab.optimizers import SGD, AdamW
 from demem_lab.queries import gradient_norms, outputs
 from demem_lab.remedies import GradedRelease
 from demem_lab.sampling import Poisson, Shuffled
+from demem_lab.state import State
 from demem_lab.store import Store, StoreWarning
 from demem_lab.streams import model_seeds
 from demem_lab.training import Recipe, train
@@ -85,7 +85,7 @@ def test_the_probed_chunk_size_is_used_and_harmless(tiny):
 def test_an_interrupted_run_goes_on_where_it_was(tiny, store, monkeypatch, stop_at):
     whole = train(tiny, MEMBERS, recipe(mechanism=DPSGD(1.0)), seeds=SEEDS, chunk=4, trace=True)
     monkeypatch.setenv("DEMEM_WORKERS", "1")
-    real, calls = training._State.advance, []
+    real, calls = State.advance, []
 
     def counted(state):
         if len(calls) == stop_at:
@@ -94,7 +94,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny, store, monkeypatch, stop_
         calls.append(state.step)
         real(state)
 
-    monkeypatch.setattr(training._State, "advance", counted)
+    monkeypatch.setattr(State, "advance", counted)
     setting = {"seeds": SEEDS, "chunk": 4, "store": store, "trace": True}
     with pytest.raises(KeyboardInterrupt):
         train(tiny, MEMBERS, recipe(mechanism=DPSGD(1.0)), **setting)
@@ -140,7 +140,7 @@ def test_a_run_that_could_save_nothing_goes_on_from_its_checkpoint(tiny, store, 
 
 def test_interrupting_one_worker_saves_the_others(tiny, store, monkeypatch):
     monkeypatch.setenv("DEMEM_WORKERS", "2")
-    real, armed = training._State.advance, [True]
+    real, armed = State.advance, [True]
 
     def fail_once(state):
         if state.step == 10 and armed:
@@ -148,7 +148,7 @@ def test_interrupting_one_worker_saves_the_others(tiny, store, monkeypatch):
             raise KeyboardInterrupt
         real(state)
 
-    monkeypatch.setattr(training._State, "advance", fail_once)
+    monkeypatch.setattr(State, "advance", fail_once)
     with pytest.raises(KeyboardInterrupt):
         train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=2, store=store)
     assert {e["kind"] for e in store.entries()} & {"checkpoint", "chunk"}
@@ -289,18 +289,19 @@ KILLED = """
 import sys, time, torch
 sys.path.insert(0, sys.argv[2])
 from demem_lab import data, training
+from demem_lab.state import State
 from demem_lab.store import Store
 from test_training import MEMBERS, SEEDS, recipe
 generator = torch.Generator().manual_seed(0)
 tiny = data.Dataset("tiny", torch.rand(24, 1, 4, 4, generator=generator), torch.arange(24) % 3, ("a", "b", "c"), "made", 0.1)
-real = training._State.advance
+real = State.advance
 
 def slow(state):
     real(state)
     print(state.step, flush=True)
     time.sleep(0.05)
 
-training._State.advance = slow
+State.advance = slow
 training.train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4, store=Store(sys.argv[1]), checkpoint_seconds=0.0)
 """
 
@@ -314,13 +315,13 @@ def test_a_killed_run_continues_from_its_checkpoint(tiny, tmp_path, monkeypatch)
         pass
     process.send_signal(signal.SIGKILL)
     process.wait()
-    real, steps = training._State.advance, []
+    real, steps = State.advance, []
 
     def counted(state):
         steps.append(state.step)
         real(state)
 
-    monkeypatch.setattr(training._State, "advance", counted)
+    monkeypatch.setattr(State, "advance", counted)
     monkeypatch.setenv("DEMEM_WORKERS", "1")
     resumed = train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4, store=Store(tmp_path))
     assert 7 <= steps[0] and steps == list(range(steps[0], 20))

@@ -1,0 +1,93 @@
+"""Sixteen bits inside the network, thirty-two everywhere else.
+
+>>> resolve(Precision.AUTO, "cpu")
+<Precision.FLOAT32: 'float32'>
+
+Only a network's layers compute in 16 bits. Weights, logits, losses, per-sample norms, clipped sums, privacy noise and
+everything that is measured stay in float32. float16 has so little room that gradients are scaled on their way through
+the network; they are scaled back as they leave it, so before any norm is taken. When a scale proves too large the SAME
+step is done again with half of it, from the same random numbers: usual practice skips such a step, but then which steps
+are taken depends on the samples, and a privacy guarantee that counts steps would be void.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from demem_lab.validate import choice
+
+START, LARGEST, GROW_AFTER = 2.0**10, 2.0**16, 1000
+
+
+class Precision(Enum):
+    """Of the layers: AUTO is bfloat16 on GPUs that have it, float16 on older ones, float32 on a CPU."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    AUTO = "auto"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What autocast computes in; None for float32. ValueError for AUTO, which `resolve` turns into one of the others."""
+        choice("precision", self, (Precision.FLOAT32, Precision.BFLOAT16, Precision.FLOAT16), fix="resolve it for a device")
+        return None if self is Precision.FLOAT32 else getattr(torch, self.value)
+
+
+def resolve(precision: Precision, device: torch.device | str) -> Precision:
+    """AUTO decided for a device: bfloat16 from compute capability 8.0 on, float16 below; float32 on a CPU."""
+    choice("precision", precision, Precision)
+    if precision is not Precision.AUTO:
+        return precision
+    if torch.device(device).type != "cuda":
+        return Precision.FLOAT32
+    return Precision.BFLOAT16 if torch.cuda.get_device_capability(device) >= (8, 0) else Precision.FLOAT16
+
+
+class Scaler:
+    """The scale of a float16 network's gradients: halved when they overflow, doubled after a while of peace.
+
+    One scale for all models of a chunk, a power of two: but for what under- or overflows it changes no digit.
+    """
+
+    def __init__(self, net) -> None:
+        self.net, self.scale, self.quiet = net, START, 0
+        self.arm()
+
+    def arm(self) -> None:
+        """Make the network use the scale; below 1 there is nothing left to gain and the step is done in float32."""
+        self.net.compute_in(torch.float16 if self.scale >= 1 else None, max(self.scale, 1.0))
+
+    def accepts(self, gradients: list[Tensor]) -> bool:
+        """Whether a step may be taken with these gradients [M, ...]; if not, it is to be done again (`arm` has been called).
+
+        Models whose weights are no longer finite are beyond help, and have no say.
+        """
+        if self.scale < 1 or not bool((_finite(self.net.parameters()) & ~_finite(gradients)).any()):
+            self.quiet += 1
+            if self.scale < 1:
+                self.scale, self.quiet = 1.0, 0
+            elif self.quiet >= GROW_AFTER and self.scale < LARGEST:
+                self.scale, self.quiet = 2 * self.scale, 0
+            self.arm()
+            return True
+        self.scale, self.quiet = self.scale / 2, 0
+        self.arm()
+        return False
+
+    def state(self) -> Tensor:
+        """What a resumed run needs."""
+        return torch.tensor([self.scale, self.quiet], dtype=torch.float64)
+
+    def load(self, state: Tensor) -> None:
+        """Back to a `state`."""
+        self.scale, self.quiet = float(state[0]), int(state[1])
+        self.arm()
+
+
+def _finite(tensors) -> Tensor:
+    """bool [M]: whether all of a model's numbers are finite. A sum of what is finite times 0 is 0, of anything else NaN."""
+    return sum((t.detach() * 0).flatten(1).sum(1) for t in tensors) == 0

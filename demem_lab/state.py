@@ -1,0 +1,175 @@
+"""A chunk of models between two steps of training: what a step does, and what a checkpoint holds.
+
+A step depends on the weights, the seeds and the number of the step only. So it can be done again, from a checkpoint, with
+fewer models at once, or after something went wrong in its middle, and gives the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from demem_lab.live import Moment
+from demem_lab.mechanisms import Batch
+from demem_lab.objectives import PerSample
+from demem_lab.precision import Precision, Scaler
+from demem_lab.recipe import Job
+from demem_lab.sampling import kept_only
+from demem_lab.streams import Streams
+
+
+class State:
+    """A chunk of models between two steps; `consistent` says whether it may be kept."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.device, self.models = job, job.device, len(job.members)
+        self.x = job.dataset.x.to(job.device, job.dtype)
+        self.y = job.dataset.y.to(job.device)
+        self.members = job.members.to(job.device)
+        self.net = job.recipe.model.build(
+            models=self.models, shape=job.dataset.shape, classes=len(job.dataset.classes), seeds=job.seeds
+        ).to(job.device, job.dtype)
+        self.net.train()
+        self.net.arranged_for(job.device)
+        if job.compiled:
+            self._compile()
+        self.net.compute_in(job.recipe.precision.dtype)
+        self.scaler = Scaler(self.net) if job.recipe.precision is Precision.FLOAT16 else None
+        self.optimizer = job.recipe.optimizer.start(list(self.net.parameters()))
+        self.draw = job.recipe.sampler.start(self.members, job.seeds, job.sampling_rate, job.steps_per_epoch)
+        self.loss_sum = torch.zeros(self.models, job.epochs, dtype=torch.float64, device=job.device)
+        self.loss_count = torch.zeros_like(self.loss_sum)
+        self.trace = None
+        if job.trace:
+            self.trace = torch.full((self.models, job.epochs, job.dataset.n), float("nan"), device=job.device)
+        self.step, self.consistent = 0, True
+
+    def _compile(self) -> None:
+        if self.job.recipe.mechanism.per_sample:
+            warnings.warn("not compiled: per-sample norms read what every layer meets, which a fused pass hides", stacklevel=2)
+            return
+        plain, x = self.net.body, self.x[:2].repeat(self.models, 1, 1, 1)
+        self.statistics = [b.clone() for b in self.net.buffers()]
+        try:
+            self.net.body = torch.compile(plain, dynamic=True)  # Poisson batches change their size at every step
+            torch.autograd.grad(self.net(x).sum(), list(self.net.parameters()))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler can fail in any way, and is never needed
+            self.net.body = plain
+            reason = str(error).strip().split("\n")[0][:200]
+            warnings.warn(f"the network could not be compiled ({reason}); going on without, which is only slower", stacklevel=2)
+        self._put_back()
+
+    def advance(self) -> None:
+        """One step of all models."""
+        job, t = self.job, self.step
+        index, valid = self.draw(t)
+        kept = job.recipe.mechanism.takes_part(self._batch(index, valid))
+        if not torch.equal(kept, valid):  # who has left costs nothing
+            index, valid = kept_only(index, kept)
+        batch = self._batch(index, valid)
+        seen, gradients = self._repeatable(batch)
+        while self.scaler is not None and not self.scaler.accepts(gradients):
+            self._put_back()
+            seen, gradients = self._repeatable(batch)
+        self.consistent = False
+        self.optimizer.apply(gradients, job.recipe.schedule(t, job.steps))
+        self._note(seen.adversarial_ce.detach().view_as(valid), index, valid, t // job.steps_per_epoch)
+        self.step, self.consistent = t + 1, True
+
+    def _batch(self, index: Tensor, valid: Tensor) -> Batch:
+        job, t = self.job, self.step
+        noise = Streams(job.seeds, "noise", t, device=self.device)
+        return Batch(
+            index, valid, float(job.recipe.sampler.batch_size), t, job.steps, noise, epoch=t // job.steps_per_epoch
+        )
+
+    def _repeatable(self, batch: Batch) -> tuple[PerSample, list[Tensor]]:
+        """What the objective saw and the mechanism's update; `_put_back`, and it can be had again from the same streams."""
+        self.statistics = [b.clone() for b in self.net.buffers()]
+        try:
+            return self._gradients(batch)
+        except BaseException as error:
+            self._put_back()
+            # whatever ran out of memory was thrown at one place, and all that was moved has been put back
+            self.consistent |= isinstance(error, torch.OutOfMemoryError)
+            raise
+
+    def _put_back(self) -> None:
+        """Undo what a forward pass does to running statistics: a step that is done again must not move them twice."""
+        for buffer, before in zip(self.net.buffers(), self.statistics, strict=True):
+            buffer.copy_(before)
+
+    def _gradients(self, batch: Batch) -> tuple[PerSample, list[Tensor]]:
+        job, flat, t = self.job, batch.index.flatten(), batch.step
+        objective, mechanism = job.recipe.objective, job.recipe.mechanism
+        streams = {"counts": batch.valid.sum(1).tolist(), "device": self.device}
+        x, y = self.x[flat], self.y[flat]
+        if job.recipe.augment is not None:
+            x = job.recipe.augment(x, rng=Streams(job.seeds, "augment", t, **streams))
+        whole = {"counts": mechanism.counted(batch).flatten()} if getattr(objective, "shifts_weights", False) else {}
+        self.consistent = not whole  # an interruption must not keep weights that were moved for a moment
+        with self.net.recording(mechanism.per_sample):
+            seen = objective(self.net, x, y, flat, rng=Streams(job.seeds, "attack", t, **streams), **whole)
+            try:
+                return seen, mechanism.update(self.net, seen, batch)
+            finally:
+                if seen.undo is not None:
+                    seen.undo()
+
+    def _note(self, losses: Tensor, index: Tensor, valid: Tensor, epoch: int) -> None:
+        self.loss_sum[:, epoch] += torch.where(valid, losses, 0).sum(1)
+        self.loss_count[:, epoch] += valid.sum(1)
+        if self.trace is not None:
+            model, place = valid.nonzero(as_tuple=True)
+            self.trace[model, epoch, index[model, place]] = losses[model, place].to(self.trace.dtype)
+
+    def moment(self, label: str, rows: list[int], models: int) -> Moment:
+        """What there is to see of it between two steps."""
+        last = max(0, self.step - 1) // self.job.steps_per_epoch
+        ends = self.step > 0 and (self.step % self.job.steps_per_epoch == 0 or self.step == self.job.steps)
+        losses = self.loss_sum[:, last] / self.loss_count[:, last]
+        return Moment(label, tuple(rows), models, self.step, self.job.steps, last + ends, ends, self.net, self.members, losses)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `restore` needs, on the CPU."""
+        kept = {f"net/{name}": tensor for name, tensor in self.net.state().items()}
+        kept |= {f"opt/{name}": tensor for name, tensor in self.optimizer.state().items()}
+        kept |= {"step": torch.tensor(self.step), "loss_sum": self.loss_sum, "loss_count": self.loss_count}
+        if self.trace is not None:
+            kept["trace"] = self.trace
+        if self.scaler is not None:
+            kept["scaler"] = self.scaler.state()
+        return {name: tensor.detach().cpu().numpy() for name, tensor in kept.items()}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Back to where `arrays` were taken."""
+        tensors = {name: torch.from_numpy(np.array(array)).to(self.device) for name, array in arrays.items()}
+        self.net.load_state_dict({name[4:]: t for name, t in tensors.items() if name.startswith("net/")})
+        self.optimizer.load({name[4:]: t for name, t in tensors.items() if name.startswith("opt/")})
+        self.step = int(tensors["step"])
+        self.loss_sum, self.loss_count = tensors["loss_sum"], tensors["loss_count"]
+        if self.trace is not None:
+            self.trace = tensors["trace"]
+        if self.scaler is not None:
+            self.scaler.load(tensors["scaler"].cpu())
+
+    def result(self) -> dict[str, np.ndarray]:
+        """What is kept of trained models."""
+        kept = {f"net/{name}": tensor.numpy() for name, tensor in self.net.state().items()}
+        kept["losses"] = (self.loss_sum / self.loss_count).cpu().numpy()
+        if self.trace is not None:
+            kept["trace"] = self.trace.cpu().numpy()
+        return kept
+
+
+def cut(arrays: dict[str, np.ndarray], rows: list[int], models: int) -> dict[str, np.ndarray]:
+    """The part of State.arrays() of `models` models that belongs to some of them."""
+    shared = ("step", "scaler")
+    return {
+        name: a[rows] if name not in shared and a.ndim and len(a) == models else a for name, a in arrays.items()
+    }
