@@ -16,7 +16,9 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,13 @@ import torch
 
 from demem_lab import data, farm, queries, risk, training
 from demem_lab.attacks import PGD, margin
+from demem_lab.augment import usual
 from demem_lab.data import Dataset
 from demem_lab.mechanisms import DPSGD, Drop, LossVariance, Mechanism, Plain, SelectiveDP
 from demem_lab.models import ARCHITECTURES
 from demem_lab.objectives import AWP, PGDAT, TRADES, Natural, Objective
 from demem_lab.optimizers import SGD, HalfFlat, Schedule, StepDecay
+from demem_lab.precision import Precision
 from demem_lab.remedies import GradedRelease, release_schedule
 from demem_lab.results import Results, measure
 from demem_lab.sampling import Poisson, Shuffled
@@ -46,6 +50,7 @@ class Protocol:
     """Everything that decides a run. The defaults are the authors' (CIFAR-10, ResNet-18, 128 models), with GroupNorm."""
 
     dataset: str = "cifar10"
+    split: str = "all"  # train and test images as one pool, as the authors have it; or "train", "test"
     subset: int = 0  # 0: all
     model: str = "resnet18"
     objective: str = "pgd-at"
@@ -62,6 +67,8 @@ class Protocol:
     weight_decay: float = 5e-4
     noise_multiplier: float = 1.0
     max_grad_norm: float = 1.0
+    augment: bool = True  # crop and flip where that is usual for the data
+    precision: str = "auto"  # of the layers: 16 bits on a GPU, float32 on a CPU; see `precision.Precision`
     dp_lr: float = 0.1  # of DP for everybody, chosen on models that are not reported
     fraction: float = 0.1  # share of the samples that are treated, the riskiest first
     risk_threshold: float = 0.0  # treat from this early loss on instead; 0: by fraction
@@ -73,6 +80,7 @@ class Protocol:
     def __post_init__(self) -> None:
         choice("model", self.model, ARCHITECTURES)
         choice("objective", self.objective, OBJECTIVES)
+        choice("precision", self.precision, [p.value for p in Precision])
         integer("models", self.models, low=4, fix="leave-one-out attacks need references on both sides")
         if self.models % 2:
             raise ValueError(f"models must be even, because members come in complementary halves, got {self.models}")
@@ -82,7 +90,7 @@ class Protocol:
 
     def load(self, root: str | Path | None = None, *, download: bool = False) -> Dataset:
         """The images; `root` as in data.load."""
-        return data.load(self.dataset, root=root, download=download, subset=self.subset or None)
+        return data.load(self.dataset, root=root, download=download, split=self.split, subset=self.subset or None)
 
     @property
     def query(self) -> PGD:
@@ -96,6 +104,7 @@ class Protocol:
             model=ARCHITECTURES[self.model], objective=self._objective(), mechanism=mechanism or Plain(),
             optimizer=SGD(lr=self.lr if lr is None else lr, weight_decay=self.weight_decay),
             sampler=Poisson(self.batch_size), schedule=schedule, epochs=self.epochs,
+            augment=usual(self.dataset) if self.augment else None, precision=Precision(self.precision),
         )
 
     def _objective(self) -> Objective:
@@ -106,14 +115,16 @@ class Protocol:
 
 PROFILES = {
     "smoke": Protocol(
-        dataset="digits", subset=300, model="mlp", eps=0.1, attack_step=0.08, query_steps=3, query_step=0.08, models=6, epochs=3,
-        batch_size=32, decay_at=0, weight_decay=0, scoring_epochs=6,
+        dataset="digits", split="train", subset=300, model="mlp", eps=0.1, attack_step=0.08, query_steps=3, query_step=0.08,
+        models=6, epochs=3, batch_size=32, decay_at=0, weight_decay=0, scoring_epochs=6,
     ),
     "lesson": Protocol(
-        dataset="digits", model="mlp", eps=0.1, attack_step=0.08, query_steps=10, query_step=0.025, models=16, epochs=30,
-        batch_size=64, decay_at=0, weight_decay=0, dp_lr=0.05,
+        dataset="digits", split="train", model="mlp", eps=0.1, attack_step=0.08, query_steps=10, query_step=0.025, models=16,
+        epochs=30, batch_size=64, decay_at=0, weight_decay=0, dp_lr=0.05,
     ),
-    "full": Protocol(subset=10_000, models=8, epochs=12, query_steps=10, query_step=2 / 255, decay_at=0, batch_size=128),
+    "full": Protocol(
+        split="train", subset=10_000, models=8, epochs=12, query_steps=10, query_step=2 / 255, decay_at=0, batch_size=128,
+    ),
     "paper": Protocol(),
 }
 
@@ -149,10 +160,13 @@ def treated(protocol: Protocol, score: np.ndarray) -> torch.Tensor:
 def run(
     protocol: Protocol, *, arms: Sequence[str] = (), store: Store | None = None, root: str | Path | None = None,
     download: bool = False, device: str = "auto", progress: bool = True, save: str | Path | None = None,
+    executor: Executor | None = None,
 ) -> Results:
     """Train and measure arms (all by default); what is in the store is not computed again.
 
-    save: a file that is written anew after each arm. Raises ValueError for an unknown arm before anything is trained.
+    save: a file that is written anew after each arm. executor: where chunks of models are trained and asked, as in
+    `training.train`; the store must be on a file system that its workers see. Raises ValueError for an unknown arm before
+    anything is trained.
     """
     treatments = arms_of(protocol)
     arms = tuple(arms) or tuple(treatments)
@@ -160,7 +174,7 @@ def run(
         choice("arm", name, treatments)
     store, dataset = store or Store(), protocol.load(root, download=download)
     began, seconds = time.time(), 0.0
-    score = risk_score(protocol, dataset, store=store, device=device, progress=progress)
+    score = risk_score(protocol, dataset, store=store, device=device, progress=progress, executor=executor)
     members = data.member_masks(dataset.n, protocol.models, seed=key(protocol.seed, "members") % 2**31)
     seeds = model_seeds(protocol.seed, protocol.models)
     top = treated(protocol, score).numpy()
@@ -168,7 +182,7 @@ def run(
     for name in arms:
         arm = treatments[name]
         recipe = protocol.recipe(arm.mechanism(protocol, score), lr=arm.rate(protocol))
-        tables, text, took = _tables(protocol, dataset, members, seeds, recipe, name, store, device, progress)
+        tables, text, took = _tables(protocol, dataset, members, seeds, recipe, name, store, device, progress, executor)
         measured[name] = measure(tables, dataset.y.numpy(), members.numpy(), at_risk=top)
         promised[name], seconds = text, seconds + took
         settings = {**json.loads(json.dumps(asdict(protocol))), "images": dataset.n}
@@ -179,7 +193,8 @@ def run(
 
 
 def risk_score(
-    protocol: Protocol, dataset: Dataset, *, store: Store, device: str = "auto", progress: bool = False
+    protocol: Protocol, dataset: Dataset, *, store: Store, device: str = "auto", progress: bool = False,
+    executor: Executor | None = None,
 ) -> np.ndarray:
     """[N] mean adversarial loss of each sample in the first epochs of ONE plain run that trains on everybody."""
     epochs = protocol.scoring_epochs
@@ -188,7 +203,7 @@ def risk_score(
     recipe = replace(protocol.recipe(), sampler=Shuffled(protocol.batch_size), epochs=epochs)
     scored = training.train(
         dataset, everybody, recipe, seeds=(key(protocol.seed, "scoring"),), store=store, trace=True, device=device,
-        progress=progress, label="risk score",
+        progress=progress, label="risk score", executor=executor,
     )
     return risk.early_loss(scored.trace, epochs=epochs)
 
@@ -211,9 +226,9 @@ def tune(
     return found
 
 
-def _tables(protocol, dataset, members, seeds, recipe: Recipe, name: str, store: Store, device: str, progress: bool):
+def _tables(protocol, dataset, members, seeds, recipe: Recipe, name, store: Store, device: str, progress: bool, executor=None):
     """(tables, guarantee in words, seconds it took when it was computed) of one arm, through the store."""
-    on = farm.device(device)
+    on = farm.device(device) if executor is None else farm.device_of(executor, device)
     config = {
         "data": dataset.fingerprint, "recipe": recipe, "members": members, "seeds": tuple(seeds), "query": protocol.query,
         "device": on.type, "delta": protocol.delta,
@@ -222,21 +237,22 @@ def _tables(protocol, dataset, members, seeds, recipe: Recipe, name: str, store:
     def compute():
         ensemble = training.train(
             dataset, members, recipe, seeds=seeds, store=store, device=device, progress=progress, label=name,
+            executor=executor,
         )
         meta = {"guarantee": str(ensemble.guarantee(delta=protocol.delta))}
-        return _query(ensemble, dataset, protocol.query, device), meta
+        return _query(ensemble, dataset, protocol.query, device, executor, store), meta
 
     entry = store.compute("protocol", config, compute, modules=MODULES)
     return entry.arrays, entry.meta["guarantee"], entry.meta["seconds"]
 
 
-def _query(ensemble: Ensemble, dataset: Dataset, attack: PGD, device: str) -> dict[str, np.ndarray]:
+def _query(ensemble: Ensemble, dataset: Dataset, attack: PGD, device: str, executor, store: Store) -> dict[str, np.ndarray]:
     y = dataset.y.numpy()
-    clean = queries.outputs(ensemble, dataset, device=device)
-    moved = queries.outputs(ensemble, dataset, attack=attack, device=device)
+    ask = partial(queries.outputs, ensemble, dataset, device=device, executor=executor, store=store)
+    clean, moved = ask(), ask(attack=attack)
     robust = (clean.argmax(-1) == y) & (moved.argmax(-1) == y)
     # a saturated softmax blinds cross-entropy, the margin sees: robust is what withstands both
-    seeing = queries.outputs(ensemble, dataset, attack=attack, loss=margin, device=device, only=robust)
+    seeing = ask(attack=attack, loss=margin, only=robust)
     return {"clean": clean, "adversarial": moved, "robust": robust & (seeing.argmax(-1) == y)}
 
 

@@ -9,17 +9,20 @@ import torch
 
 from demem_lab import data, protocol, queries, risk, training
 from demem_lab.attacks import PGD
+from demem_lab.augment import CropFlip
 from demem_lab.mechanisms import DPSGD, SelectiveDP
 from demem_lab.membership import lira, rmia
 from demem_lab.objectives import AWP, TRADES
 from demem_lab.optimizers import HalfFlat, StepDecay
+from demem_lab.precision import Precision
 from demem_lab.protocol import PROFILES, Protocol, arms_of, run
 from demem_lab.results import PUBLISHED, Results, kept, measure
 from demem_lab.signals import confidence, logit_margin
 from demem_lab.streams import key, model_seeds
 
 SMALL = Protocol(
-    dataset="digits", subset=240, model="mlp", models=6, epochs=2, batch_size=32, query_steps=2, lr=0.05, weight_decay=0.0,
+    dataset="digits", split="train", subset=240, model="mlp", models=6, epochs=2, batch_size=32, query_steps=2, lr=0.05,
+    weight_decay=0.0,
     attack_steps=2, scoring_epochs=8, noise_multiplier=1.5,
 )
 
@@ -146,6 +149,8 @@ def test_the_defaults_are_the_authors():
     assert (p.models, p.epochs, p.batch_size, p.query) == (128, 100, 256, PGD(8 / 255, 20, 1 / 255, random_start=False))
     assert recipe.schedule == StepDecay((0.75,), 0.1) and recipe.optimizer.momentum == 0.9
     assert recipe.optimizer.weight_decay == 5e-4
+    assert recipe.augment == CropFlip() and recipe.precision == Precision.AUTO and p.split == "all"
+    assert replace(p, augment=False).recipe().augment is None
     assert isinstance(replace(p, objective="trades-awp").recipe().objective, AWP)
     assert isinstance(replace(p, objective="trades").recipe().objective, TRADES)
     assert isinstance(replace(p, decay_at=0.0).recipe().schedule, HalfFlat)
@@ -198,3 +203,16 @@ def test_kept_results_say_where_they_come_from():
         assert name == name.lower() and results.provenance["commit"] != "unknown"
         assert set(results.arms) == set(results.guarantees) and "none" in results.arms
         assert {len(v) for arm in results.arms.values() for v in arm.values()} == {results.protocol["models"]}
+
+
+def test_an_executor_gives_the_same_results(tmp_path):
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from demem_lab.store import Store
+
+    small = replace(SMALL, epochs=1, scoring_epochs=6)
+    here = run(small, arms=("none", "drop"), store=Store(tmp_path / "a"), progress=False)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        there = run(small, arms=("none", "drop"), store=Store(tmp_path / "b"), progress=False, executor=pool)
+    assert there.arms == here.arms and there.guarantees == here.guarantees
