@@ -36,7 +36,7 @@ from demem_lab.mechanisms import DPSGD, DownWeight, Drop, LossVariance, Selectiv
 from demem_lab.membership import by_class, twins
 from demem_lab.models import SmallCNN
 from demem_lab.objectives import AWP, PGDAT, TRADES, PerSample
-from demem_lab.remedies import ClassVariance, GradedRelease, RelaxLoss, release_schedule
+from demem_lab.remedies import ClassVariance, ClippedRelease, GradedRelease, RelaxLoss, release_schedule
 from demem_lab.sampling import Shuffled
 from demem_lab.streams import key, model_seeds
 
@@ -193,14 +193,14 @@ class Contest:
         out["ClassVariance .2"] = self.arm("ClassVariance .2", ClassVariance(0.2))
         out["clean for 10%"] = self.clean_for("clean for 10%", 0.1)
         out["release k=4 + clean for 10%"] = self.clean_for("release k=4 + clean for 10%", 0.1, self.until(4))
+        for power in (4, 8):
+            name = f"release k={power} + clip everybody"
+            out[name] = self.chosen(name, ClippedRelease, self.until(power), lr=clip)
         steps = lab.run("none", seed=lab.seeds[0]).steps
 
         def leave(power: float):
             return lambda seed: torch.ceil(self.until(power)(seed) * steps).long()
 
-        for power in (4, 8):
-            name = f"release k={power} + clip everybody"
-            out[name] = self.chosen(name, lambda a: BudgetedDP(0.0, 1.0, None, allowed=a), leave(power), lr=clip)
         noise = 0.05
         rate = lab.rate_for_everybody(noise)
         name = "release k=4 + clip + noise .05"

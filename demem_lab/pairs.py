@@ -19,7 +19,7 @@ from demem_lab.data import Dataset, member_masks
 from demem_lab.mechanisms import DPSGD, DownWeight, Drop, LossVariance, Mechanism, Plain, SelectiveDP
 from demem_lab.models import MLP, ResNet18, Spec
 from demem_lab.objectives import AWP, MART, PGDAT, TRADES, Natural, Objective
-from demem_lab.remedies import ClassVariance, GradedRelease, RelaxLoss
+from demem_lab.remedies import ClassVariance, ClippedRelease, GradedRelease, RelaxLoss
 from demem_lab.sampling import Poisson, Sampler, Shuffled
 from demem_lab.training import Ensemble, Recipe, train
 
@@ -34,7 +34,8 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 MECHANISMS: dict[str, Callable[[], Mechanism]] = {
     "Plain": Plain, "LossVariance": LossVariance, "ClassVariance (FAT)": ClassVariance, "RelaxLoss": lambda: RelaxLoss(5.0),
     "Drop": lambda: Drop(_flags), "DownWeight": lambda: DownWeight(_flags, 0.3),
-    "GradedRelease": lambda: GradedRelease(torch.linspace(0, 1, N)), "SelectiveDP": lambda: SelectiveDP(1.0, 1.0, _flags),
+    "GradedRelease": lambda: GradedRelease(torch.linspace(0, 1, N)),
+    "ClippedRelease": lambda: ClippedRelease(torch.linspace(0, 1, N), 1.0), "SelectiveDP": lambda: SelectiveDP(1.0, 1.0, _flags),
     "SelectiveDP without noise": lambda: SelectiveDP(0.0, 1.0, _flags), "DPSGD": lambda: DPSGD(1.0),
     "BudgetedDP": lambda: BudgetedDP(1.0, 1.0, _flags, allowed=torch.arange(N) % 3 + 1),
 }

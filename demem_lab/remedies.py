@@ -7,7 +7,7 @@ All are mechanisms like those in `mechanisms`, and combine with every objective.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from demem_lab.accounting import NoGuarantee
-from demem_lab.mechanisms import Batch, Guarantee, Mechanism, Setting
+from demem_lab.mechanisms import Batch, Guarantee, Mechanism, SelectiveDP, Setting
 from demem_lab.objectives import PerSample
 from demem_lab.validate import finite
 
@@ -43,6 +43,26 @@ class GradedRelease(Mechanism):
     def guarantee(self, *, n: int, **_) -> Guarantee:
         reason = "release from training is a choice made from the data and adds no noise"
         return Guarantee(NoGuarantee(reason), 0, n, "from_data", ())
+
+
+@dataclass(frozen=True)
+class ClippedRelease(GradedRelease):
+    """GradedRelease, and each gradient is clipped to L2 norm `max_grad_norm`: nobody pulls hard, and the riskiest not for long.
+
+    DP-SGD's clipping without its noise, so no guarantee. Wants a learning rate of its own, several times that of plain
+    training: a clipped gradient is short. METHODS.md has its numbers beside those of its two halves.
+    """
+
+    max_grad_norm: Setting = 1.0
+
+    per_sample = True
+
+    def __post_init__(self) -> None:
+        SelectiveDP(0.0, self.max_grad_norm)  # whose sentence it is when the bound is not a positive number
+
+    def update(self, net, per_sample: PerSample, batch: Batch) -> list[Tensor]:
+        everybody = SelectiveDP(0.0, self.max_grad_norm)
+        return everybody.update(net, per_sample, replace(batch, valid=self.takes_part(batch)))
 
 
 def release_schedule(score: np.ndarray, *, power: float = 4.0, floor: float = 0.0) -> Tensor:

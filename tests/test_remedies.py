@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from demem_lab.budgets import BudgetedDP
 from demem_lab.data import member_masks
-from demem_lab.mechanisms import Batch, Drop, Plain
+from demem_lab.mechanisms import Batch, Drop, Plain, SelectiveDP
 from demem_lab.models import MLP
 from demem_lab.objectives import Natural
-from demem_lab.remedies import ClassVariance, GradedRelease, RelaxLoss, release_schedule
+from demem_lab.remedies import ClassVariance, ClippedRelease, GradedRelease, RelaxLoss, release_schedule
 from demem_lab.sampling import Poisson
 from demem_lab.streams import Streams
 from demem_lab.training import Recipe, train
@@ -70,6 +71,23 @@ def test_release_at_the_end_is_plain_and_at_the_start_is_drop(tiny):
     assert same(trained(GradedRelease(torch.ones(24))), trained(Plain()))
     assert same(trained(GradedRelease(1 - flags.double())), trained(Drop(flags)))
     assert same(trained(GradedRelease(torch.ones(2, 24))), trained(Plain()))
+
+
+def test_clipped_release_is_a_budget_without_noise_and_both_of_its_halves(tiny):
+    """Three ways to say the same training; the bound really cuts, else the second pair would agree too."""
+    members, until = member_masks(24, 2, seed=0), torch.linspace(0, 1, 24, dtype=torch.float64)
+
+    def trained(mechanism):
+        ensemble = train(tiny, members, Recipe(model=MLP((6,)), mechanism=mechanism, sampler=Poisson(4), epochs=3), seeds=(0, 1))
+        return list(ensemble.parameters.values()), ensemble.steps
+
+    found, steps = trained(ClippedRelease(until, 0.3))
+    allowed = torch.ceil(until * steps).long()
+    assert same(found, trained(BudgetedDP(0.0, 0.3, None, allowed=allowed))[0])
+    assert not same(found, trained(GradedRelease(until))[0])
+    assert same(trained(ClippedRelease(torch.ones(24), 0.3))[0], trained(SelectiveDP(0.0, 0.3))[0])
+    loose = zip(trained(ClippedRelease(until, 1e6))[0], trained(GradedRelease(until))[0], strict=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in loose)
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=40), st.floats(0.5, 8), st.floats(0, 1))
@@ -131,6 +149,7 @@ def test_relax_loss_stops_at_its_target(tiny):
         (lambda: GradedRelease(torch.full((6,), float("nan"))).check(6), "in \\[0, 1\\]"),
         (lambda: release_schedule(np.array([1.0, np.nan])), "without NaN"),
         (lambda: release_schedule(np.arange(3.0), power=0), "power"),
+        (lambda: ClippedRelease(torch.ones(5), 0.0), "max_grad_norm"),
         (lambda: ClassVariance(-1.0), "lam"),
         (lambda: RelaxLoss(float("inf")), "alpha"),
     ],
@@ -141,6 +160,6 @@ def test_bad_input(call, words):
 
 
 def test_none_of_them_promises_anything():
-    for mechanism in (GradedRelease(torch.ones(5)), ClassVariance(), RelaxLoss()):
+    for mechanism in (GradedRelease(torch.ones(5)), ClippedRelease(torch.ones(5)), ClassVariance(), RelaxLoss()):
         promised = mechanism.guarantee(sampling_rate=0.1, steps=10, delta=1e-5, n=5)
         assert not promised.holds and str(promised).startswith("no guarantee")
