@@ -30,11 +30,13 @@ class Names(anywidget.AnyWidget):
     """Shows nothing; gives the controls around it the names that ipywidgets leaves out.
 
     A slider's handle has a role and a value in the page but no name, and the number box beside it is called "=". Inside a box
-    of class "demem-panel", handles are named by their slider's label, and boxes "... as a number".
+    of class "demem-panel", handles are named by their slider's label, and boxes "... as a number". Keys pressed there are the
+    controls' own: JupyterLab would take the arrows of a dropdown for a walk to the next cell.
     """
 
     _esm = """
     function name(root) {
+        root.setAttribute("data-lm-suppress-shortcuts", "true");
         for (const slider of root.querySelectorAll(".widget-slider")) {
             const label = slider.querySelector(".widget-label")?.innerText || slider.title;
             const row = slider.closest(".demem-control");
@@ -106,7 +108,7 @@ class Panel:
             text = self.update()
         except Exception as error:  # shown to the reader: a panel that silently keeps the old picture would be a lie
             text = f'<b style="color:#a31515">{html.escape(type(error).__name__)}: {html.escape(str(error))}</b>'
-        self.readout.value = f'<div role="status" aria-live="polite">{text}</div>'
+        self.readout.value = f'<div role="status" aria-live="polite" style="font-size:15px;line-height:1.5">{text}</div>'
 
     def _ipython_display_(self) -> None:
         display(self.widget)

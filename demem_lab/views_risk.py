@@ -70,7 +70,7 @@ def leak_view(answers: Mapping[str, Leak], chosen: str, *, title: str = "") -> g
     figure = make_subplots(
         rows=2, cols=2, row_heights=[0.68, 0.32], vertical_spacing=0.22, horizontal_spacing=0.15,
         subplot_titles=("scores of one target", "its ROC, both axes logarithmic", "misleading: best accuracy",
-                        f"honest: members found at {rate} false positives"),
+                        f"honest: found at {rate} false positives"),
     )
     middle, width = (leak.edges[1:] + leak.edges[:-1]) / 2, np.diff(leak.edges)
     both = ("non-members", leak.non_members, -1, OUT, ""), ("members", leak.members, 1, IN, "/")
