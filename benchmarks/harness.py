@@ -39,15 +39,17 @@ class Row:
     unit: str = "peer / ours"
 
 
-def times(ways: Mapping[str, Callable[[], object]], *, rounds: int = 5, wall: bool = False) -> dict[str, list[float]]:
-    """Seconds of each way in each of the interleaved rounds, after one round that does not count."""
+def times(
+    ways: Mapping[str, Callable[[], object]], *, rounds: int = 5, wall: bool = False, warm: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each way in each of the interleaved rounds; with `warm`, after one round that does not count."""
     clock = time.perf_counter if wall else time.process_time
     found: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    for number in range(rounds + warm):
         for name, way in ways.items():
             begun = clock()
             way()
-            if number:
+            if number >= warm:
                 found[name].append(clock() - begun)
     return found
 

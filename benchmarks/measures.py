@@ -1,18 +1,15 @@
-"""The measuring half against the plain algorithms that public code uses, in one run on one thread; prints ratios.
+"""The measuring half against the plain algorithms that public code uses, and against one sort of the same numbers.
 
-    python benchmarks/measures.py [--quick]
-
-The plain versions are written here, as one would write them from the papers. CPU time, the smallest of interleaved rounds;
-where the plain version would take minutes it is timed on a part of the work and scaled up (said in the row).
+The plain versions are written here, as one would write them from the papers; where one would take minutes, it is timed on a
+part of the work and scaled up (said in the row).
 """
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
+import tracemalloc
 
 import numpy as np
+from harness import Row, judged, times, versus
 from sklearn.metrics import roc_curve
 
 from demem_lab.audit import audit
@@ -21,17 +18,14 @@ from demem_lab.leakage import evaluate
 from demem_lab.membership import lira, rmia
 from demem_lab.risk import memorization
 
-QUICK = "--quick" in sys.argv
 
-
-def seconds(action, rounds: int = 3) -> float:
-    """Least CPU seconds over rounds."""
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.process_time()
-        action()
-        best = min(best, time.process_time() - start)
-    return best
+def gigabytes(action) -> float:
+    """The most memory that an action held at a time, beside its arguments."""
+    tracemalloc.start()
+    action()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most / 1e9
 
 
 def game(models: int, n: int, seed: int = 0):
@@ -55,7 +49,7 @@ def plain_lira(signal: np.ndarray, member: np.ndarray, target: int) -> np.ndarra
     s, m = signal[keep], member[keep]
     inside, outside = np.where(m, s, np.nan), np.where(m, np.nan, s)
     mean_in, mean_out = np.nanmean(inside, 0), np.nanmean(outside, 0)
-    var_in, var_out = np.nanvar(inside, 0) + 1e-6, np.nanvar(outside, 0) + 1e-6
+    var_in, var_out = (np.maximum(np.nanvar(side, 0), 1e-6) for side in (inside, outside))
     x = signal[target]
     return -((x - mean_in) ** 2) / (2 * var_in) - np.log(var_in) / 2 + (x - mean_out) ** 2 / (2 * var_out) + np.log(var_out) / 2
 
@@ -65,42 +59,48 @@ def plain_memorization(p: np.ndarray, member: np.ndarray) -> np.ndarray:
     return np.array([p[member[:, i], i].mean() - p[~member[:, i], i].mean() for i in range(p.shape[1])])
 
 
-def main() -> None:
-    n = 2000 if QUICK else 10_000
+def jobs(quick: bool) -> list[Row]:
+    """All rows of this file."""
+    n = 2000 if quick else 10_000
     signal, member = game(4, n)
-    p = 1 / (1 + np.exp(-signal))
-    everyone = np.ones(n, dtype=bool)
+    p, everyone = 1 / (1 + np.exp(-signal)), np.ones(n, dtype=bool)
     assert np.allclose(rmia(p, member, population=everyone)[0], pairwise_rmia(p, member, 0))
-    ratio = 4 * seconds(lambda: pairwise_rmia(p, member, 0), 2) / seconds(lambda: rmia(p, member, population=everyone))
-    print(f"RMIA on {n:,} x {n:,}: all pairs / ours (4 targets; pairs timed for one): {ratio:.0f}")
-
-    models, n = (16, 2000) if QUICK else (128, 50_000)
+    rows = versus(
+        "RMIA", f"4 targets, {n:,} samples and as many of the population, 1 thread",
+        {"ours": lambda: rmia(p, member, population=everyone), "all pairs": lambda: pairwise_rmia(p, member, 0)},
+        rounds=3, scale={"all pairs": 4}, targets={"all pairs": 100}, notes={"all pairs": "timed on one target"},
+    )
+    models, n = (16, 2000) if quick else (128, 50_000)
     signal, member = game(models, n)
     assert np.allclose(lira(signal, member, variance="per_sample")[3], plain_lira(signal, member, 3), atol=1e-6)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ours = seconds(lambda: lira(signal, member), 2)
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
-    ratio = models * seconds(lambda: plain_lira(signal, member, 3), 2) / ours
-    print(f"LiRA, every one of {models} models the target, {n:,} samples: again for each target / ours: {ratio:.0f} "
-          f"({ours:.1f} s, {memory:.0f} MB more at its peak)")
-    ratio = seconds(lambda: plain_memorization(signal, member), 2) / seconds(lambda: memorization(signal, member))
-    print(f"memorization scores, the same table: sample by sample / ours: {ratio:.1f}")
-
-    n = 50_000 if QUICK else 1_000_000
+    held = gigabytes(lambda: lira(signal, member))
+    rows += versus(
+        "leave-one-out LiRA", f"each of {models} models the target, {n:,} samples, 1 thread, {held:.2f} GB at the peak",
+        {"ours": lambda: lira(signal, member), "again for each target": lambda: plain_lira(signal, member, 3)},
+        rounds=3, scale={"again for each target": models}, targets={"again for each target": models / 2},
+        notes={"again for each target": "timed on one target"},
+    )
+    assert np.allclose(memorization(signal, member).score, plain_memorization(signal, member))
+    rows += versus(
+        "memorization", f"{models} models, {n:,} samples, 1 thread",
+        {"ours": lambda: memorization(signal, member), "sample by sample": lambda: plain_memorization(signal, member)},
+        rounds=3, targets={"sample by sample": 1.0},
+    )
+    n = 50_000 if quick else 1_000_000
     rng = np.random.default_rng(0)
     scores, member = rng.normal(size=(1, n)), rng.random((1, n)) < 0.5
-    ratio = seconds(lambda: roc_curve(member[0], scores[0])) / seconds(lambda: evaluate(scores, member))
-    ratio_sort = seconds(lambda: evaluate(scores, member)) / seconds(lambda: np.argsort(scores[0]))
-    print(f"threshold attack on {n:,} scores: scikit-learn's roc_curve / ours: {ratio:.1f}; ours / one sort: {ratio_sort:.1f}")
-
-    models, n = (8, 2000) if QUICK else (64, 50_000)
+    rows += versus(
+        "threshold attack", f"{n:,} scores, 1 thread",
+        {
+            "ours": lambda: evaluate(scores, member), "scikit-learn's roc_curve": lambda: roc_curve(member[0], scores[0]),
+            "one sort": lambda: np.argsort(-scores[0]),
+        }, rounds=3, targets={"scikit-learn's roc_curve": 1.0},
+    )
+    models, n = (8, 2000) if quick else (64, 50_000)
     y, member = rng.integers(0, 10, n), member_masks(n, models, seed=0).numpy()
     logits = rng.normal(size=(models, n, 10)).astype(np.float32)
-    start = time.perf_counter()
-    audit({"logits": logits, "labels": y, "membership": member, "adv_logits": logits[:, :, ::-1].copy()})
-    print(f"report of {models} models x {n:,} samples, clean and adversarial, 17 attacks: "
-          f"{(time.perf_counter() - start) / 60:.2f} of a minute")
-
-
-if __name__ == "__main__":
-    main()
+    arrays = {"logits": logits, "labels": y, "membership": member, "adv_logits": logits[:, :, ::-1].copy()}
+    found = times({"ours": lambda: audit(arrays).to_html()}, rounds=1, warm=False)["ours"]
+    shape = f"{models} models, {n:,} samples, clean and adversarial, 17 attacks, as HTML"
+    rows.append(judged("report", shape, "a minute", [s / 60 for s in found], target=1.0, at_most=True, unit="share"))
+    return rows

@@ -51,7 +51,7 @@ class Budget:
 
     def __str__(self) -> str:
         looser = ", looser" if self.accountant == "RDP" else ""
-        return f"epsilon {self.epsilon:.3g} at delta {self.delta:.0e} ({self.accountant}{looser})"
+        return f"epsilon {self.epsilon:.3g} at delta {self.delta:.3g} ({self.accountant}{looser})"
 
 
 def budget(

@@ -15,23 +15,29 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from demem_lab import __version__
+from demem_lab.accounting import NoGuarantee
 from demem_lab.empirical import one_run_bound
-from demem_lab.files import Outputs, outputs_from_arrays
-from demem_lab.leakage import MIN_FALSE_POSITIVES, by_group, canaries, evaluate, held_out_accuracy
+from demem_lab.leakage import MIN_FALSE_POSITIVES, by_group, canaries, evaluate, held_out_accuracy, reliably_found
+from demem_lab.mechanisms import Guarantee
 from demem_lab.membership import by_class, lira, rmia, twins
+from demem_lab.outputs import Outputs, outputs_from_arrays
 from demem_lab.report import AuditReport
 from demem_lab.risk import deciles, memorization
 from demem_lab.signals import SIGNALS, confidence, label_robustness, logit_margin
-from demem_lab.validate import finite, integer
+from demem_lab.subject import ask, load_weights
+from demem_lab.validate import finite
 
+__all__ = ["audit", "load_weights"]
 FPRS = (0.1, 0.01, 0.001)
 SHADOW_ATTACKS = ("lira_online", "lira_offline", "rmia")
 ATTACKS = (*SIGNALS, "label_robustness", *SHADOW_ATTACKS)
+OFFLINE_A = 0.3  # RMIA's constant where in-references are lacking: what its authors use for CIFAR-10
+RELIABLE = 0.9
 UNKNOWN = "none known: outputs do not say how a model was trained"
 
 
@@ -50,16 +56,24 @@ def audit(
     independent_coins: each sample was included by an independent fair coin, so that one run bounds epsilon from below.
     prior: the share of members among those asked about, for the precision. Raises ValueError for data that do not fit.
     """
-    robustness, notes = {}, []
+    robustness, notes, how, skipped, graded = {}, [], {}, {}, None
     if hasattr(subject, "forward") and hasattr(subject, "parameters"):
-        arrays, robustness = _ask(subject, members, non_members, eps, attack, autoattack, device)
-        outputs = outputs_from_arrays(arrays, source=name or type(subject).__name__)
+        asked = ask(
+            subject, members=members, non_members=non_members, eps=eps, attack=attack, autoattack_on=autoattack, device=device
+        )
+        if not autoattack:
+            skipped["AutoAttack"] = "not asked for; give eps and autoattack=N, how many of the non-members it is run on"
+        outputs = outputs_from_arrays(asked.arrays, source=name or type(subject).__name__)
+        robustness, graded, how = asked.robustness, asked.graded, asked.how
     elif members is not None or non_members is not None or eps is not None or autoattack:
         raise ValueError("members, non_members, eps and autoattack belong to a torch.nn.Module; arrays bring their own outputs")
     else:
         outputs = subject if isinstance(subject, Outputs) else outputs_from_arrays(subject, source=name or "arrays")
     finite("prior", prior, low=0, high=1)
-    fprs, member, y = tuple(sorted(fprs, reverse=True)), outputs.membership, outputs.labels
+    fprs = tuple(sorted({finite("a false positive rate", f, low=1e-9, high=1) for f in fprs}, reverse=True))
+    member, y = outputs.membership, outputs.labels
+    if not fprs:
+        raise ValueError("at least one false positive rate is needed, got none")
     smallest = int((~member).sum(1).min())
     unresolved = [f for f in fprs if f * smallest < MIN_FALSE_POSITIVES]
     if len(unresolved) == len(fprs):
@@ -71,9 +85,10 @@ def audit(
             f"(at least {MIN_FALSE_POSITIVES} of them must lie above the threshold): not shown"
         )
     shown = tuple(f for f in fprs if f not in unresolved)
-    measured, skipped, curves, best, fixed = {}, {}, {}, None, None
-    for attack_name, query, scores in _scores(outputs, skipped):
-        entry, curve = _measure(scores, member, y, shown, prior, attack_name in SIGNALS and outputs.models >= 4)
+    classes = _classes_covered(outputs, skipped)
+    measured, curves, best, fixed = {}, {}, None, None
+    for attack_name, query, scores in _scores(outputs, graded, skipped):
+        entry, curve = _measure(scores, member, y, shown, prior, attack_name in SIGNALS and classes)
         measured.setdefault(attack_name, {})[query] = entry
         curves[f"{attack_name} / {query}"] = curve
         rate = entry["tpr_at_fpr"][f"{shown[-1]:g}"]["estimate"]
@@ -89,83 +104,13 @@ def audit(
     return AuditReport(
         name=name or outputs.source, attacks=measured, utility=_utility(outputs), robustness=_robustness(outputs) | robustness,
         groups=rows, canaries={} if planted is None else canaries(scores, member, planted, fpr=shown[-1]),
-        guarantee=UNKNOWN if guarantee is None else str(guarantee),
+        guarantee=_promised(guarantee), reliable=_reliable(scores, member, attack_name, query, shown[-1], skipped),
         empirical=_empirical(*fixed[1:], member, delta, independent_coins, skipped), skipped=skipped, curves=curves,
-        obtained=_obtained(outputs, shown, prior), warnings=[*outputs.warnings, *notes],
+        obtained=_obtained(outputs, shown, prior) | how, warnings=[*outputs.warnings, *notes],
     )
 
 
-def load_weights(net, path: str | Path):
-    """Load parameters into a torch.nn.Module, from .safetensors or a checkpoint of plain tensors; never runs a pickle.
-
-    ValueError for anything else, or for names and shapes that do not fit.
-    """
-    import torch
-
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        net.load_state_dict(state.get("state_dict", state))
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch and safetensors raise a dozen kinds; all mean that this file will not do
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path} does not hold weights for this network, as safetensors or plain tensors ({first})") from None
-    return net
-
-
-def _ask(net, members, non_members, eps, attack, autoattack: int, device: str) -> tuple[dict, dict]:
-    """The outputs of one torch model on its members and on others, in the names of the file format."""
-    import torch
-
-    from demem_lab.attacks import PGD, check_query, frozen, predictions, withstands
-    from demem_lab.attacks import autoattack as judge
-    from demem_lab.farm import device as on
-
-    if members is None or non_members is None:
-        raise ValueError("a model alone cannot be audited: give members=(images, labels) and non_members=(images, labels)")
-    integer("autoattack", autoattack, low=0, high=len(non_members[0]), fix="it is a number of non-members")
-    if autoattack and eps is None:
-        raise ValueError("AutoAttack needs a radius: give eps in pixel units of [0, 1]")
-    attack = attack or (PGD(eps, 10, random_start=False) if eps is not None else None)
-    where, arrays, robustness = on(device), {}, {}
-    net = net.to(where)
-    for side, (x, y) in (("member", members), ("nonmember", non_members)):
-        x, y = torch.as_tensor(x).to(where), torch.as_tensor(y).to(where)
-        check_query(net, x, y)
-        clean, moved, withstood = [], [], []
-        for start in range(0, len(x), 256):
-            part, label = x[start : start + 256], y[start : start + 256]
-            with frozen(net), torch.no_grad():
-                clean.append(net(part).float().cpu())
-            if attack is not None:
-                z = attack(net, part, label)
-                with frozen(net), torch.no_grad():
-                    moved.append(net(z).float().cpu())
-                if side == "nonmember":
-                    strong = replace(attack, steps=2 * attack.steps, restarts=2, random_start=True)
-                    rng = torch.Generator(where).manual_seed(0)
-                    withstood.append(withstands(net, part, label, [attack, strong], rng=rng).cpu())
-        arrays |= {f"{side}_logits": torch.cat(clean).numpy(), f"{side}_labels": y.cpu().numpy()}
-        arrays[f"{side}_inputs"] = x.cpu().numpy()
-        if moved:
-            arrays[f"{side}_adv_logits"] = torch.cat(moved).numpy()
-        if withstood:
-            robustness["non-members under the query attack and PGD with restarts"] = float(torch.cat(withstood).double().mean())
-        if side == "nonmember" and autoattack:
-            part, label = x[:autoattack], y[:autoattack]
-            moved_far = judge(net, part, label, eps=eps)
-            ok = (predictions(net, part) == label) & (predictions(net, moved_far) == label)
-            robustness[f"AutoAttack, the first {autoattack} non-members"] = float(ok.double().mean())
-    return arrays, robustness
-
-
-def _scores(outputs: Outputs, skipped: dict[str, str]) -> Iterator[tuple[str, str, np.ndarray]]:
+def _scores(outputs: Outputs, graded: np.ndarray | None, skipped: dict[str, str]) -> Iterator[tuple[str, str, np.ndarray]]:
     """(attack, query, scores [M, N]) of every attack that these outputs allow; one at a time, to save memory."""
     y, member = outputs.labels, outputs.membership
     tables = {"clean": outputs.logits} | ({} if outputs.adv_logits is None else {"adversarial": outputs.adv_logits})
@@ -174,33 +119,52 @@ def _scores(outputs: Outputs, skipped: dict[str, str]) -> Iterator[tuple[str, st
     for query, table in tables.items():
         for name, signal in SIGNALS.items():
             yield name, query, signal(table, y)
-        yield "label_robustness", query, label_robustness([outputs.logits] + ([table] if query == "adversarial" else []), y)
-    why = _no_shadows(member)
-    if why:
-        skipped["LiRA and RMIA"] = why
+        if query == "adversarial":
+            yield "label_robustness", query, label_robustness([outputs.logits, table], y) if graded is None else graded
+        else:
+            yield "label_robustness", query, label_robustness([table], y)
+    without, inside = (_no_shadows(member, who, side) for who, side in ((~member, "without"), (member, "with")))
+    if without:
+        skipped["LiRA and RMIA"] = without
         return
+    if inside:
+        skipped["LiRA online and RMIA online"] = f"{inside}; the offline attacks stand in for them"
     margins = {query: logit_margin(table, y) for query, table in tables.items()}
     for query, table in tables.items():
-        yield "lira_online", query, lira(margins[query], member)
+        if not inside:
+            yield "lira_online", query, lira(margins[query], member)
         yield "lira_offline", query, lira(margins[query], member, online=False)
-        yield "rmia", query, rmia(confidence(table, y), member)
+        yield "rmia", query, rmia(confidence(table, y), member, offline_a=OFFLINE_A if inside else None)
     if len(tables) > 1:
-        yield "lira_online", "combined", lira(np.stack(list(margins.values())), member)
+        yield f"lira_{'offline' if inside else 'online'}", "combined", lira(
+            np.stack(list(margins.values())), member, online=not inside
+        )
 
 
-def _no_shadows(member: np.ndarray) -> str:
-    """Why the attacks with shadow models cannot be run; empty when they can."""
-    models = len(member)
-    if models < 4:
-        return f"they need shadow models: outputs of at least 4 models trained on known parts of the data, got {models}"
-    other = twins(member)
-    for who, side in ((member, "with"), (~member, "without")):
-        count = who.sum(0) - who
-        has = other >= 0
-        count[has] -= who[other[has]]
-        if count.min() < 1:
-            return f"some sample has no other model {side} it, beside the target and its twin; train in complementary halves"
+def _no_shadows(member: np.ndarray, who: np.ndarray, side: str) -> str:
+    """Why some sample lacks a reference in `who` [M, N]; empty when none does."""
+    models, other = len(member), twins(member)
+    if models < 3:
+        return f"they need shadow models: outputs of several models trained on known parts of the data, got {models}"
+    count = who.sum(0) - who
+    has = other >= 0
+    count[has] -= who[other[has]]
+    if count.min() < 1:
+        return f"some sample has no other model {side} it, beside the target and its twin; train 4 in complementary halves"
     return ""
+
+
+def _classes_covered(outputs: Outputs, skipped: dict[str, str]) -> bool:
+    """Whether every class has non-members among every target's references, for thresholds by class."""
+    member, y = outputs.membership, outputs.labels
+    if outputs.models < 4:
+        return False
+    try:
+        by_class(np.zeros(member.shape), y, member)
+    except ValueError as error:
+        skipped["thresholds by class from shadow models"] = str(error)
+        return False
+    return True
 
 
 def _measure(scores, member, y, fprs, prior: float, classes: bool) -> tuple[dict, dict]:
@@ -280,11 +244,30 @@ def _robustness(outputs: Outputs) -> dict[str, float]:
     }
 
 
+def _promised(guarantee: object) -> str:
+    """A guarantee of ours carries its conditions; one in free words is marked as the words of whoever gave them."""
+    if guarantee is None:
+        return UNKNOWN
+    ours = isinstance(guarantee, (Guarantee, NoGuarantee))
+    return str(guarantee) if ours else f"{guarantee} (as stated by whoever asked for this report; not checked here)"
+
+
+def _reliable(scores, member, attack: str, query: str, fpr: float, skipped: dict[str, str]) -> dict:
+    """The share of the samples that the strongest attack finds whichever model is the target."""
+    if len(member) < 4 or not member.any(0).all() or member.all(0).any():
+        skipped["samples attacked reliably"] = "that takes at least 4 targets, with and without every sample"
+        return {}
+    found = reliably_found(scores, member, fpr=fpr, share=RELIABLE)
+    return {"attack": attack, "query": query, "fpr": fpr, "share_of_targets": RELIABLE, "fraction": found.fraction,
+            "never_found": float((found.hit == 0).mean()), "targets": len(member)}
+
+
 def _empirical(attack: str, query: str, scores, member, delta: float, coins: bool, skipped) -> dict:
     """A lower bound on epsilon, where the design allows one.
 
     The attack is fixed by kind (LiRA if there is one, else the loss), not the one that came out best: choosing it on the
-    scores that give the bound would make the bound too large.
+    scores that give the bound would make the bound too large. Over several targets the median is taken of bounds at half
+    the error probability: half of all bounds can be too large with at most twice the probability of one (Markov).
     """
     n = member.shape[1]
     if not coins or n < 1000:
@@ -293,9 +276,18 @@ def _empirical(attack: str, query: str, scores, member, delta: float, coins: boo
             "one run bounds epsilon only where each sample was included by an independent fair coin (say independent_coins=True)"
         )
         return {}
-    bounds = [one_run_bound(s, m, delta=delta) for s, m in zip(scores, member, strict=True)]
-    bound = sorted(bounds, key=lambda b: b.epsilon)[(len(bounds) - 1) // 2]
-    condition = "every sample included by an independent fair coin" + ("" if len(bounds) == 1 else "; the median over targets")
+    odd = stats.binomtest(int(member[0].sum()), n).pvalue
+    if odd < 1e-6 or (len(member) > 3 and np.ptp(member.sum(1)) == 0):
+        raise ValueError(
+            f"independent_coins=True, but {member.sum(1)[:3].tolist()} members of {n:,} are not what fair coins give; use "
+            "data.member_masks(..., design='independent'), or leave independent_coins out"
+        )
+    error = 0.05 if len(member) == 1 else 0.025
+    bounds = [one_run_bound(s, m, delta=delta, confidence=1 - error) for s, m in zip(scores, member, strict=True)]
+    bound = replace(sorted(bounds, key=lambda b: b.epsilon)[(len(bounds) - 1) // 2], confidence=0.95)
+    condition = "every sample included by an independent fair coin" + (
+        "" if len(bounds) == 1 else "; the median over targets of bounds at 97.5 % each, which keeps 95 %"
+    )
     return {
         "epsilon_at_least": bound.epsilon, "delta": delta, "confidence": bound.confidence, "attack": attack, "query": query,
         "targets": len(bounds), "condition": condition, "text": f"Measured with {attack}, {query} queries: {bound}; {condition}.",

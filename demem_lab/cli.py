@@ -74,7 +74,7 @@ def doctor_command() -> None:
 
 @app.command("report")
 def report_command(
-    files: Annotated[list[Path], typer.Argument(help="outputs of a model: .npz, .safetensors, .csv or a folder of .npy files")],
+    files: Annotated[list[Path], typer.Argument(help="outputs of a model: .npz, .safetensors, .csv, .npy files or their folder")],
     html: Annotated[Path | None, typer.Option(help="write one HTML page here")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="write the numbers here")] = None,
     fpr: Annotated[list[float] | None, typer.Option(help="a false positive rate, may be repeated")] = None,
@@ -83,32 +83,34 @@ def report_command(
     """Audit outputs from files, without a notebook; exit status 2 for a file that cannot be believed."""
     from demem_lab import audit as auditing
     from demem_lab.files import read
-    from demem_lab.report import page
+    from demem_lab.report import page, to_json
 
+    arrays = [file for file in files if file.suffix.lower() == ".npy"]  # one model's arrays, a file each
+    subjects = [file for file in files if file not in arrays] + ([arrays] if arrays else [])
     reports = []
-    for file in files:
+    for subject in subjects:
+        name = subject.name if isinstance(subject, Path) else subject[0].resolve().parent.name
+        label = subject if isinstance(subject, Path) else " ".join(map(str, subject))
         try:
-            made = auditing.audit(read(file), fprs=tuple(fpr or auditing.FPRS), guarantee=guarantee or None, name=file.name)
-        except (ValueError, FileNotFoundError) as error:
-            _stop(f"{file}: {error}")
+            made = auditing.audit(read(subject), fprs=tuple(fpr or auditing.FPRS), guarantee=guarantee or None, name=name)
+        except (ValueError, OSError) as error:
+            _stop(f"{label}: {error}")
+        except MemoryError:
+            _stop(f"{label}: auditing takes more memory than there is; bring fewer samples or models")
         reports.append(made)
-        print(f"{file.name}: {made.summary()}")
+        print(f"{name}: {made.summary()}")
         for text in made.warnings:
             print(f"  note: {text}")
         for what, why in made.skipped.items():
             print(f"  not done: {what}: {why}")
-    for target, content in ((html, lambda: page(reports)), (json_out, lambda: to_json(reports))):
+    for target, content in ((html, page), (json_out, to_json)):
         if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(content(), encoding="utf-8")
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(content(reports), encoding="utf-8")
+            except OSError as error:
+                _stop(f"{target} cannot be written: {error.strerror}")
             print(f"wrote {target}")
-
-
-def to_json(reports: Sequence) -> str:
-    """One report as it is, several under "reports" by name."""
-    if len(reports) == 1:
-        return reports[0].to_json()
-    return json.dumps({"reports": {report.name: json.loads(report.to_json()) for report in reports}}, indent=1)
 
 
 def find(name: str) -> list[Path]:

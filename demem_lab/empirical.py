@@ -35,7 +35,7 @@ class LowerBound:
 
     def __str__(self) -> str:
         return (
-            f"epsilon >= {self.epsilon:.3g} at delta {self.delta:.0e} with {self.confidence:.0%} confidence "
+            f"epsilon >= {self.epsilon:.3g} at delta {self.delta:.3g} with {self.confidence:.0%} confidence "
             f"({self.method}, {self.detail}; at most {self.most:.3g} could have been seen)"
         )
 

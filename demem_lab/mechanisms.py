@@ -65,7 +65,7 @@ class Guarantee:
         b = self.budget
         who = "all samples" if self.protected == self.n else f"the {self.protected:,} protected of {self.n:,} samples"
         text = (
-            f"({b.epsilon:.3g}, {b.delta:.0e})-DP for each single one of {who} (add/remove, {b.accountant})"
+            f"({b.epsilon:.3g}, {b.delta:.3g})-DP for each single one of {who} (add/remove, {b.accountant})"
             f"{'' if self.protected == self.n else '; none for the other samples'}"
         )
         if self.selection == "from_data" and self.protected < self.n:

@@ -1,9 +1,7 @@
-"""Wrong answers that people give, planted on purpose: by exercise, what is wrong in words and a function that does it.
+"""Wrong answers that people give, planted for the checks to recognise: by exercise, what is wrong and a function doing it.
 
 >>> MISTAKES["cost"]["an attack needs no gradient of the weights"](attack_steps=3)
 12
-
-The checks look for the learner's mistake among them; the tests hold every one of them to its own words.
 """
 
 from __future__ import annotations
@@ -169,8 +167,8 @@ MISTAKES: dict[str, dict[str, Callable]] = {
         "the loss is for the given labels y, not for what the model says":
             lambda net, x, y, eps: solutions.fgsm(net, x, net(x).argmax(-1), eps),
         "attack every image, also those that are wrong already": _only_the_right,
-        "slope / |slope| is 0 / 0 where the gradient vanishes, use .sign()":
-            lambda net, x, y, eps: (x + eps * _slope(net, x, y) / _slope(net, x, y).abs()).clamp(0, 1),
+        "this is 0 / 0 where the gradient vanishes, use .sign()":
+            lambda net, x, y, eps: (x + eps * (s := _slope(net, x, y)) / s.abs()).clamp(0, 1),
         "the image came back as it was": lambda net, x, y, eps: x,
     },
     "project": {
@@ -225,8 +223,8 @@ MISTAKES: dict[str, dict[str, Callable]] = {
         "divide by how many models had the sample, not by all models": lambda p, m: np.where(m, p, -p).mean(0),
         "members leak into the second mean: it is over the models WITHOUT the sample":
             lambda p, m: (p * m).sum(0) / m.sum(0) - p.mean(0),
-        "this is one number a model; axis 0 is models, and each sample gets a score":
-            lambda p, m: np.array([a[b].mean() - a[~b].mean() for a, b in zip(p, m, strict=True)]),
+        "one number a model; each sample gets a score (axis 0 is models)": lambda p, m: [solutions.gap(a[None], b[None])
+            for a, b in zip(p, m, strict=True)],
         "this pools all samples, each has a score": lambda p, m: np.full(p.shape[1], p[m].mean() - p[~m].mean()),
     },
     "top": {

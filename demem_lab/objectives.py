@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from demem_lab.attacks import PGD, cross_entropy, frozen
@@ -95,7 +94,9 @@ class TRADES(_OneByOne):
     """Clean cross-entropy + beta * KL(clean prediction || adversarial prediction) (Zhang et al. 2019, equation 5).
 
     The adversarial image maximises the KL term, starting from the clean image plus noise of std 0.001, as in the
-    authors' public code. `adversarial_ce` is the cross-entropy on that image.
+    authors' public code; unlike there the start is clamped to [0, 1], because networks here are promised pixels. Their
+    beta is 1/lambda of the paper, and the gradient flows through both predictions. `adversarial_ce` is the cross-entropy
+    on that image.
     """
 
     attack: PGD
@@ -103,16 +104,18 @@ class TRADES(_OneByOne):
 
     def __post_init__(self) -> None:
         finite("beta", self.beta, low=0)
+        if not isinstance(self.attack, PGD):
+            raise ValueError(f"TRADES starts its attack at the clean image, which takes PGD, got {type(self.attack).__name__}")
 
     def move(self, net, x: Tensor, y: Tensor, rng: Streams) -> Tensor:
         with frozen(net), torch.no_grad():
-            anchor = net(x).softmax(-1)  # the model does not change during the attack, so neither does this
+            anchor = net(x)  # the model does not change during the attack, so neither does this
         start = (x + 0.001 * rng.normal_rows(x)).clamp_(0, 1)
         return self.attack(net, x, y, start=start, loss=lambda logits, _: _kl(anchor, logits))
 
     def losses(self, net, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor) -> PerSample:
         clean, moved = net(x), net(x_adv)
-        loss = cross_entropy(clean, y) + self.beta * _kl(clean.softmax(-1), moved)
+        loss = cross_entropy(clean, y) + self.beta * _kl(clean, moved)
         return PerSample(loss, cross_entropy(moved, y), moved, y, index)
 
 
@@ -121,7 +124,10 @@ class MART(_OneByOne):
     """Misclassification-aware adversarial training (Wang et al. 2020, equation 11).
 
     -log p_y(x') - log(1 - max_{k != y} p_k(x')) + beta * KL(p(x) || p(x')) * (1 - p_y(x)), with x' from PGD on the
-    cross-entropy.
+    cross-entropy. The second logarithm is of 1.0001 - max p_k, as in the authors' public code: its slope would be infinite
+    where a wrong class is certain. Their other guards (1e-12 inside logarithms, 1.0000001 - p_y) are not needed here,
+    because logarithms are taken of logits. The attack starts at random in the ball, as the paper says; their code starts
+    at noise of std 0.001.
     """
 
     attack: PGD
@@ -134,11 +140,11 @@ class MART(_OneByOne):
         return self.attack(net, x, y, rng=rng)
 
     def losses(self, net, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor) -> PerSample:
-        clean, moved = net(x).softmax(-1), net(x_adv)
+        clean, moved = net(x), net(x_adv)
         adversarial_ce = cross_entropy(moved, y)
         wrong = moved.softmax(-1).scatter(-1, y[:, None], 0).amax(-1)
-        boosted = adversarial_ce - torch.log1p(-wrong.clamp_max(1 - 1e-6))  # at certainty its slope would be infinite
-        unsure = 1 - clean.gather(-1, y[:, None])[:, 0]
+        boosted = adversarial_ce - torch.log(1.0001 - wrong)
+        unsure = 1 - clean.softmax(-1).gather(-1, y[:, None])[:, 0]
         return PerSample(boosted + self.beta * _kl(clean, moved) * unsure, adversarial_ce, moved, y, index)
 
 
@@ -149,7 +155,8 @@ class AWP:
     The images are moved first; then each weight tensor moves by gamma times its own norm along the gradient of the mean
     loss, the losses are taken there with the same images, and `undo` puts the weights back. The move reads only the rows
     in `counts`: with SelectiveDP the protected have no part in it, and their guarantee survives. Biases and normalisation
-    stay, as in the authors' public code.
+    stay, as in the authors' public code. gamma there: 0.01 around PGDAT, 0.005 around TRADES. Weight decay acts on the
+    weights that were put back, in their code on the moved ones; and there is no warm-up without the move.
     """
 
     inner: _OneByOne
@@ -190,6 +197,7 @@ def _lengths(w: Tensor) -> Tensor:
     return w.flatten(1).norm(dim=1).view(-1, *[1] * (w.ndim - 1))
 
 
-def _kl(p: Tensor, logits: Tensor) -> Tensor:
-    """KL(p || softmax(logits)) of each row, [B]."""
-    return F.kl_div(logits.log_softmax(-1), p, reduction="none").sum(-1)
+def _kl(clean: Tensor, moved: Tensor) -> Tensor:
+    """KL(softmax(clean) || softmax(moved)) of each row, [B], from logits: a probability that rounds to 0 has a slope too."""
+    log_p = clean.log_softmax(-1)
+    return (log_p.exp() * (log_p - moved.log_softmax(-1))).sum(-1)

@@ -131,8 +131,8 @@ def figure_from(content: dict, anchor: str) -> str:
     if title:  # its place inside the plot is free now
         layout["margin"] = {**layout.get("margin", {}), "t": 36}
     words = escaped(html.unescape(re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", title)).strip()))
-    # "</" would end the script element early, wherever it stood in the data
-    spec = json.dumps(_finite({"data": content.get("data", []), "layout": layout})).replace("</", "<\\/")
+    # "</script>" would end the script element early, and "<!--<script>" keep it from ending, wherever they stood in the data
+    spec = json.dumps(_finite({"data": content.get("data", []), "layout": layout})).replace("<", "\\u003c")
     name = f"figure-{escaped(anchor)}"
     caption = f"<figcaption>{words}</figcaption>" if words else ""
     return (

@@ -62,7 +62,9 @@ class ClassVariance(Mechanism):
     """Mean loss + lam * variance over classes of the class means of the adversarial cross-entropy.
 
     The fairness penalty of FAT (Ma, Wang & Liu, NeurIPS 2022); unbiased variance over the classes in the batch, fewer than
-    two add 0.
+    two add 0. The authors' public code fills up to 100 classes with zeros, which punishes the level of the losses as well
+    and depends on how many classes a batch happens to lack; this is the variance that the paper speaks of. With TRADES and
+    MART it is of the same adversarial cross-entropy.
     """
 
     lam: Setting = 0.2
@@ -87,16 +89,20 @@ class ClassVariance(Mechanism):
 class RelaxLoss(Mechanism):
     """Training towards a mean loss of `alpha` instead of 0 (Chen, Yu & Fritz, ICLR 2022, algorithm 1).
 
-    Even epochs: ascend where the mean adversarial cross-entropy is below alpha. Odd epochs, below alpha: add, for wrongly
-    classified samples, the cross-entropy to a label that keeps the model's confidence in the right class and spreads the
-    rest evenly (posterior flattening).
+    Descent where the model's mean adversarial cross-entropy is above alpha. Below it: in even epochs ascent; in odd epochs
+    ascent as well, plus, for wrongly classified samples, the cross-entropy to a label that keeps the model's confidence in
+    the right class (at most `upper`) and spreads the rest evenly (posterior flattening). As in the authors' public code the
+    gradient flows through that label too. With an objective other than a cross-entropy, its loss is what descends and
+    ascends, and the adversarial cross-entropy what is compared with alpha.
     """
 
     alpha: Setting = 0.5
+    upper: float = 1.0
 
     def __post_init__(self) -> None:
         for value in self.alpha if isinstance(self.alpha, (tuple, list)) else (self.alpha,):
             finite("alpha", value, low=0)
+        finite("upper", self.upper, low=0, high=1)
 
     def update(self, net, per_sample: PerSample, batch: Batch) -> list[Tensor]:
         valid = batch.valid
@@ -104,16 +110,15 @@ class RelaxLoss(Mechanism):
         reached = torch.where(valid, per_sample.adversarial_ce.detach().view_as(valid), 0).sum(1) / valid.sum(1).clamp_min(1)
         below = reached < torch.as_tensor(self.alpha, dtype=losses.dtype, device=losses.device)
         total = losses.sum(1)
-        if batch.epoch % 2 == 0:
-            total = torch.where(below, -total, total)
-        else:
+        total = torch.where(below, -total, total)
+        if batch.epoch % 2:
             flat = torch.where(valid, self._flattening(per_sample).view_as(valid), 0).sum(1)
             total = total + torch.where(below, flat, 0)
         return list(torch.autograd.grad(total.sum() / batch.divisor, list(net.parameters())))
 
     def _flattening(self, per_sample: PerSample) -> Tensor:
         logits, y = per_sample.logits, per_sample.y
-        sure = logits.detach().softmax(-1).gather(-1, y[:, None])
+        sure = logits.softmax(-1).gather(-1, y[:, None]).clamp_max(self.upper)
         soft = ((1 - sure) / (logits.shape[-1] - 1)).expand_as(logits).scatter(-1, y[:, None], sure)
         wrong = logits.argmax(-1) != y
         return torch.where(wrong, -(soft * logits.log_softmax(-1)).sum(-1), 0)

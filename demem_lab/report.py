@@ -17,7 +17,7 @@ import pandas as pd
 from demem_lab import pages, plots
 from demem_lab.leakage import Interval
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class AuditReport:
     robustness: dict[str, float]
     groups: list[dict]
     canaries: dict
+    reliable: dict  # who is found whichever model is the target
     guarantee: str
     empirical: dict
     skipped: dict[str, str]  # what was not done, and why
@@ -53,12 +54,12 @@ class AuditReport:
         rate = self.attacks[name][query]["tpr_at_fpr"][f"{fpr:g}"]
         return (
             f"the strongest attack here ({name}, {query} queries) finds {rate['estimate']:.1%} of the members "
-            f"({rate['low']:.1%} to {rate['high']:.1%}) while it accuses {fpr:.1%} of the non-members; guessing would find "
-            f"{fpr:.1%}. It is the best of {sum(map(len, self.attacks.values()))} tried, and stronger ones may exist."
+            f"({rate['low']:.1%} to {rate['high']:.1%}) while it accuses {_percent(fpr)} of the non-members; guessing would find "
+            f"{_percent(fpr)}. It is the best of {sum(map(len, self.attacks.values()))} tried, and stronger ones may exist."
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row an attack and query."""
+        """One row an attack and query; precision is at the prior that the report was asked for."""
         rows = {}
         for name, queries in self.attacks.items():
             for query, entry in queries.items():
@@ -69,7 +70,9 @@ class AuditReport:
                     "held out, by class": entry["balanced_accuracy_by_class_held_out"],
                 }
                 for fpr, rate in entry["tpr_at_fpr"].items():
-                    row[f"TPR at {float(fpr):.1%} FPR"] = rate["estimate"]
+                    place = f"{_percent(float(fpr))} FPR"
+                    row |= {f"TPR at {place}": rate["estimate"], f"low at {place}": rate["low"], f"high at {place}": rate["high"]}
+                    row[f"precision at {place}"] = entry["precision_at_prior"][fpr]
                 rows[name, query] = row
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["attack", "query"])
 
@@ -86,14 +89,15 @@ class AuditReport:
         fpr = self.headline[2]
         rows = {f"{n}, {q}": _interval(e["tpr_at_fpr"][f"{fpr:g}"]) for n, qs in self.attacks.items() for q, e in qs.items()}
         made["attacks"] = plots.forest(
-            rows, axis=f"members found at {fpr:.1%} false positives, %", reference=fpr, title="All attacks; dotted: guessing"
+            rows, axis=f"members found at {_percent(fpr)} false positives, %", reference=fpr,
+            title="All attacks; dotted: guessing",
         )
         for kind in dict.fromkeys(row["kind"] for row in self.groups):
             rows = {row["group"]: Interval(row["found"], row["low"], row["high"], row["members"]) for row in self.groups
                     if row["kind"] == kind and row["found"] is not None}
             if rows:
                 made[f"by {kind}"] = plots.forest(
-                    rows, axis=f"members found at {fpr:.1%} false positives (one global threshold), %", reference=fpr,
+                    rows, axis=f"members found at {_percent(fpr)} false positives (one global threshold), %", reference=fpr,
                     title=f"Who is found, by {kind}",
                 )
         return made
@@ -133,6 +137,25 @@ def page(reports: Sequence[AuditReport]) -> str:
     return pages.page(f"Audit: {title}", body)
 
 
+def to_json(reports: Sequence[AuditReport]) -> str:
+    """One report as it is, several under "reports" by name; equal names are numbered."""
+    if len(reports) == 1:
+        return reports[0].to_json()
+    named: dict[str, dict] = {}
+    for report in reports:
+        name, number = report.name, 1
+        while name in named:
+            number += 1
+            name = f"{report.name} ({number})"
+        named[name] = json.loads(report.to_json())
+    return json.dumps({"reports": named}, indent=1)
+
+
+def _percent(share: float) -> str:
+    """Small rates in full: 0.0001 is 0.01 %, not 0.0 %."""
+    return f"{100 * share:.3g} %"
+
+
 def _interval(rate: Mapping[str, float]) -> Interval:
     return Interval(rate["estimate"], rate["low"], rate["high"], 0)
 
@@ -144,21 +167,51 @@ def _section(report: AuditReport, anchor: str) -> str:
         f"{obtained['models']} model(s), {obtained['samples']:,} samples, {obtained['classes']} classes; {obtained['created']}."
     ))
     parts.append(pages.paragraph(report.summary()[0].upper() + report.summary()[1:]))
+    if report.reliable:
+        parts.append(pages.paragraph(_reliably(report.reliable)))
     parts.append(pages.paragraph(f"Guarantee: {report.guarantee}. {report.empirical.get('text', '')}"))
     parts += [f"<p><strong>Note.</strong> {pages.escaped(text)}</p>" for text in report.warnings]
     use = {**report.utility, **{f"robust: {k}": v for k, v in report.robustness.items()}}
     parts.append("<h3>Utility and robustness</h3>" + pages.table(pd.DataFrame({"share": use})))
-    parts.append("<h3>Attacks</h3>" + pages.table(report.to_frame().reset_index()) + pages.paragraph(
-        "The optimistic balanced accuracy chooses its threshold on the scores that it judges (Song & Mittal 2021); the next two "
-        "columns choose it on the other half of the samples, once for all and once for each class."
+    parts.append("<h3>Attacks</h3>" + pages.table(_attacks(report)) + pages.paragraph(
+        "Members found (TPR), with 95 % intervals. The optimistic balanced accuracy chooses its threshold on the scores that it "
+        "judges (Song & Mittal 2021); the next two columns choose it on the other half of the samples, once for all and once "
+        f"for each class. Precision: the share of members among those accused, if {_percent(obtained['prior'])} of all are."
     ))
     if report.canaries:
-        parts.append("<h3>Canaries</h3>" + pages.table(pd.DataFrame({"value": report.canaries})))
+        found = report.canaries.items()
+        shown = {what: "-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for what, v in found}
+        parts.append("<h3>Canaries</h3>" + pages.table(pd.DataFrame({"value": shown})))
     parts.append("<h3>Pictures</h3>")
     parts += [pages.figure(figure, f"{anchor}-{number}") for number, figure in enumerate(report.figures().values())]
     if report.groups:
-        parts.append("<h3>By group</h3>" + pages.table(pd.DataFrame(report.groups)))
+        first = report.groups[0]
+        groups = pd.DataFrame(report.groups).drop(columns=["attack", "query", "fpr"])
+        parts.append("<h3>By group</h3>" + pages.table(groups) + pages.paragraph(
+            f"By {first['attack']}, {first['query']} queries, one global threshold ({_percent(first['fpr'])} false positives); "
+            "limits pool the members of all targets and are too narrow where targets share samples."
+        ))
     if report.skipped:
         parts.append("<h3>Not done</h3>" + pages.table(pd.DataFrame({"why": report.skipped})))
     parts.append("<h3>How it was obtained</h3>" + pages.table(pd.DataFrame({"value": {k: str(v) for k, v in obtained.items()}})))
     return f'<section id="{anchor}">{"".join(parts)}</section>'
+
+
+def _reliably(found: Mapping) -> str:
+    return (
+        f"{_percent(found['fraction'])} of the samples are attacked reliably: at least {found['share_of_targets']:.0%} of the "
+        f"{found['targets']} targets that could give them away do, at {_percent(found['fpr'])} false positives "
+        f"({found['attack']}, {found['query']} queries), and hardly any other accuses them; "
+        f"{_percent(found['never_found'])} are given away by no target."
+    )
+
+
+def _attacks(report: AuditReport) -> pd.DataFrame:
+    """The table for reading: rates with their limits in one cell, which does not break."""
+    frame, finest = report.to_frame(), f"{_percent(report.headline[2])} FPR"
+    shown = frame.iloc[:, :4].copy()
+    for column in [c for c in frame.columns if c.startswith("TPR at ")]:
+        sides = (100 * frame[column.replace("TPR", side, 1)] for side in ("TPR", "low", "high"))
+        shown[f"{column}, %"] = [f"{t:.1f}\xa0({a:.1f}\u2013{b:.1f})" for t, a, b in zip(*sides, strict=True)]
+    shown[f"precision at {finest}"] = frame[f"precision at {finest}"]
+    return shown.reset_index()

@@ -117,3 +117,40 @@ def test_a_failing_accountant_is_not_taken_for_a_late_one(monkeypatch):
     monkeypatch.setattr(accounting.sys, "executable", "false")
     with pytest.raises(RuntimeError, match="PLD accountant failed"):
         budget_in_time(30, **GOOD)
+
+
+@pytest.mark.parametrize(("sigma", "epochs", "published"), [(1.12, 60, 2.92), (0.6, 30, 9.74), (1.2, 10, 1.20)])
+def test_the_published_table_of_tensorflow_privacy(sigma, epochs, published, batch=256):
+    """MNIST, 60,000 images, delta 1e-5: their RDP accountant of 2019, whose conversion to epsilon was looser than today's."""
+    setting = {"noise_multiplier": sigma, "sampling_rate": batch / 60_000, "steps": epochs * 60_000 // batch, "delta": 1e-5}
+    loose = budget(**setting, accountant="RDP").epsilon
+    assert 0.75 * published < loose < published and budget(**setting).epsilon < loose
+    orders, theirs = [1 + x / 10 for x in range(1, 100)] + list(range(11, 65)), {}
+    for order, spent in zip(orders, rdp.compute_rdp(
+        q=batch / 60_000, noise_multiplier=sigma, steps=setting["steps"], orders=orders
+    ), strict=True):
+        theirs[order] = spent + np.log(1e5) / (order - 1)  # Mironov 2017, proposition 3
+    assert min(theirs.values()) == pytest.approx(published, rel=0.01)
+
+
+def test_the_moments_accountants_own_example():
+    """Abadi et al. 2016, section 3.2: q = 0.01, sigma = 4, 10,000 steps, delta 1e-5 give epsilon 1.26; it is a bound on ours."""
+    assert 0.8 < budget(noise_multiplier=4.0, sampling_rate=0.01, steps=10_000, delta=1e-5).epsilon < 1.26
+
+
+@pytest.mark.parametrize("accountant", ["PLD", "RDP"])
+def test_epsilon_is_dp_accountings_own(accountant):
+    import dp_accounting
+    from dp_accounting import pld
+    from dp_accounting import rdp as renyi
+
+    ledger = {"PLD": pld.PLDAccountant, "RDP": renyi.RdpAccountant}[accountant]()
+    event = dp_accounting.PoissonSampledDpEvent(0.02, dp_accounting.GaussianDpEvent(1.3))
+    ledger.compose(event, 200)
+    ours = budget(noise_multiplier=1.3, sampling_rate=0.02, steps=200, delta=1e-5, accountant=accountant)
+    assert ours.epsilon == pytest.approx(ledger.get_epsilon(1e-5), rel=1e-12)
+
+
+def test_delta_is_said_as_it_is():
+    found = budget(noise_multiplier=2.0, sampling_rate=0.1, steps=10, delta=1.6e-5)
+    assert "delta 1.6e-05" in str(found)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from demem_lab import files
-from demem_lab.files import outputs_from_arrays, read, write
+from demem_lab.files import read, write
+from demem_lab.outputs import outputs_from_arrays
 
 
 def single(n=30, m=20, k=3, seed=0):
@@ -24,22 +26,6 @@ def single(n=30, m=20, k=3, seed=0):
         "nonmember_logits": rng.normal(size=(m, k)),
         "nonmember_labels": rng.integers(0, k, m),
     }
-
-
-def ensemble(models=4, n=12, k=3, seed=0):
-    rng = np.random.default_rng(seed)
-    membership = rng.random((models, n)) < 0.5
-    membership[:, 0], membership[:, 1] = True, False
-    return {
-        "logits": rng.normal(size=(models, n, k)).astype(np.float32),
-        "labels": rng.integers(0, k, n),
-        "membership": membership,
-    }
-
-
-def softmax(z):
-    e = np.exp(z - z.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
 
 
 @given(st.integers(0, 1000), st.sampled_from([".npz", ".safetensors", "folder", ".csv"]), st.booleans())
@@ -73,129 +59,6 @@ def test_what_is_written_is_read(tmp_path_factory, seed, suffix, adversarial):
         assert (a is None and b is None) or np.allclose(a, b, atol=1e-12)
     assert found.models == 1 and found.n == 50 and found.classes == 3 and (found.adv_logits is not None) == adversarial
     assert found.membership[0].tolist() == [True] * 30 + [False] * 20 and not found.warnings
-
-
-def test_an_ensemble_keeps_its_precision_and_takes_numbers_for_flags(tmp_path):
-    arrays = ensemble()
-    found = read(write(tmp_path / "e.npz", arrays))
-    assert found.logits.dtype == np.float32 and np.array_equal(found.logits, arrays["logits"]) and found.models == 4
-    numbers = outputs_from_arrays(arrays | {"membership": arrays["membership"].astype(int)})
-    assert np.array_equal(numbers.membership, arrays["membership"]) and numbers.membership.dtype == bool
-    assert outputs_from_arrays(arrays | {"logits": arrays["logits"].astype(np.float16)}).logits.dtype == np.float32
-    assert outputs_from_arrays({name: torch.as_tensor(a) for name, a in arrays.items()}).n == 12
-
-
-def test_probabilities_are_taken_and_their_loss_is_said():
-    arrays = single()
-    probs = {name.replace("logits", "probs"): softmax(a) if "logits" in name else a for name, a in arrays.items()}
-    found = outputs_from_arrays(probs)
-    assert found.from_probabilities and "save logits" in found.warnings[0]
-    assert np.allclose(softmax(found.logits[0]), np.concatenate([probs["member_probs"], probs["nonmember_probs"]]))
-    certain = probs | {"member_probs": np.eye(3)[np.zeros(30, dtype=int)]}
-    assert np.isfinite(outputs_from_arrays(certain).logits).all()
-    assert outputs_from_arrays(arrays | {"member_logits": np.log(softmax(arrays["member_logits"]))}).n == 50  # log p are logits
-
-
-def test_equal_outputs_and_unknown_names_only_warn():
-    arrays = single()
-    arrays["nonmember_logits"][:3] = arrays["member_logits"][:3]
-    assert "3 members have exactly the outputs" in outputs_from_arrays(arrays).warnings[0]
-    assert "membr_ids (did you mean member_ids?)" in outputs_from_arrays(single() | {"membr_ids": np.arange(30)}).warnings[0]
-
-
-def change(**arrays):
-    return lambda: outputs_from_arrays(single() | arrays)
-
-
-def without(name):
-    return lambda: outputs_from_arrays({k: v for k, v in single().items() if k != name})
-
-
-def group(**arrays):
-    return lambda: outputs_from_arrays(ensemble() | arrays)
-
-
-def spoiled(value):
-    z = single()["member_logits"]
-    z[4, 1] = value
-    return z
-
-
-X = np.arange(50 * 4).reshape(50, 4)
-WRONG = {
-    "equal ids": (
-        change(member_ids=np.arange(30), nonmember_ids=np.arange(29, 49)),
-        "1 of the members and non-members have equal ids",
-    ),
-    "equal inputs": (
-        change(member_inputs=X[:30], nonmember_inputs=X[28:48]),
-        "2 of the members and non-members have equal inputs",
-    ),
-    "ids too short": (change(member_ids=np.arange(3), nonmember_ids=np.arange(20)), "30 entries"),
-    "one-hot": (change(member_labels=np.eye(3)[np.zeros(30, dtype=int)]), r"one-hot.*argmax\(1\)"),
-    "label too large": (change(member_labels=np.full(30, 3)), r"lie in 0\.\.2"),
-    "label negative": (change(nonmember_labels=np.full(20, -1)), r"lie in 0\.\.2"),
-    "label not whole": (change(member_labels=np.full(30, 0.5)), "whole numbers"),
-    "label text": (change(member_labels=np.array(["a"] * 30)), "whole numbers"),
-    "labels too short": (change(member_labels=np.zeros(3, dtype=int)), r"shape \[30\]"),
-    "sums": (
-        lambda: outputs_from_arrays(
-            {
-                "member_probs": np.full((30, 3), 0.3),
-                "member_labels": np.zeros(30, dtype=int),
-                "nonmember_probs": np.full((20, 3), 1 / 3),
-                "nonmember_labels": np.zeros(20, dtype=int),
-            }
-        ),
-        "sum to 1, row .* sums to 0.9",
-    ),
-    "probs outside": (
-        lambda: outputs_from_arrays(
-            {
-                "member_probs": np.array([[1.5, -0.5]]),
-                "member_labels": np.zeros(1, dtype=int),
-                "nonmember_probs": np.array([[0.5, 0.5]]),
-                "nonmember_labels": np.zeros(1, dtype=int),
-            }
-        ),
-        r"lie in \[0, 1\]",
-    ),
-    "probs called logits": (change(member_logits=softmax(single()["member_logits"])), "name them member_probs"),
-    "both": (change(member_probs=np.full((30, 3), 1 / 3)), "either member_logits or member_probs"),
-    "NaN": (change(member_logits=spoiled(np.nan)), r"1 values that are NaN or infinite, the first at \[4, 1\]"),
-    "infinite": (change(member_logits=spoiled(-np.inf)), "NaN or infinite"),
-    "classes": (change(nonmember_logits=np.zeros((20, 4))), "same number of classes, got 3 and 4"),
-    "one class": (change(member_logits=np.zeros((30, 1)), nonmember_logits=np.zeros((20, 1))), "at least 2 classes"),
-    "axes": (change(member_logits=np.zeros((30, 3, 1))), r"shape \[n, K\]"),
-    "empty": (change(member_logits=np.zeros((0, 3)), member_labels=np.zeros(0, dtype=int)), "empty axis"),
-    "missing labels": (without("nonmember_labels"), "nonmember_labels are needed"),
-    "missing members": (without("member_logits"), "member_logits"),
-    "nothing": (lambda: outputs_from_arrays({"what": np.zeros(3)}), "needed: member_logits.*found: what"),
-    "both kinds": (lambda: outputs_from_arrays(single() | ensemble()), "at once"),
-    "one adversarial side": (change(member_adv_logits=np.zeros((30, 3))), "members AND non-members"),
-    "adversarial shape": (
-        change(member_adv_logits=np.zeros((30, 4)), nonmember_adv_logits=np.zeros((20, 4))),
-        "shaped like member",
-    ),
-    "objects": (change(member_ids=np.array([{}] * 30)), "pickle in disguise"),
-    "membership shape": (group(membership=np.ones((4, 3), dtype=bool)), r"\[M, N\] = \[4, 12\]"),
-    "membership values": (group(membership=np.full((4, 12), 2)), "only True and False"),
-    "no non-member": (group(membership=np.ones((4, 12), dtype=bool)), "one member and one non-member"),
-    "ensemble without logits": (
-        lambda: outputs_from_arrays({k: v for k, v in ensemble().items() if k != "logits"}),
-        "an ensemble needs",
-    ),
-    "ensemble adversarial": (group(adv_logits=np.zeros((4, 12, 2))), "shaped like logits"),
-    "too few": (lambda: outputs_from_arrays(single(), finest_fpr=0.01), "needs 500 non-members .* got 20, which resolve 0.25"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_arrays_meet_one_clear_sentence(name):
-    call, words = WRONG[name]
-    with pytest.raises(ValueError, match=words) as caught:
-        call()
-    assert "\n" not in str(caught.value)
 
 
 class Payload:
@@ -240,8 +103,11 @@ def test_damaged_and_unknown_files(tmp_path):
     with pytest.raises(ValueError, match="must end in"):
         read(tmp_path / "a.xlsx")
     np.save(tmp_path / "a.npy", np.zeros(3))
-    with pytest.raises(ValueError, match="in a folder"):
+    with pytest.raises(ValueError, match="does not say which"):
         read(tmp_path / "a.npy")
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(ValueError, match="neither a file nor a folder"):
+        read(tmp_path / "pipe.npz")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no .npy files"):
         read(tmp_path / "empty")
@@ -258,12 +124,19 @@ def test_damaged_and_unknown_files(tmp_path):
         ("member,label,logit_0,logit_1\n2,0,1,2\n", "only 0 and 1"),
         ("member,label,logit_0,logit_1\n1,0,x,2\n0,0,1,2\n", "numbers only"),
         ("", "cannot be read"),
+        ("member,label,logit_0,logit_1\n", "no rows"),
+        ("member,label,logit_0,logit_1\n1,cat,1,2\n0,0,1,2\n", "class numbers from 0, found cat"),
+        ("member,label,logit_0,logit_1\n1,,1,2\n0,0,1,2\n", "class numbers from 0, found nan"),
+        ("member,label,logit_0,logit_1\n1,99999999999999999999,1,2\n0,0,1,2\n", r"lie in 0\.\.1"),
+        ("member;label;logit_0;logit_1\n1;0;1;2\n", "separated by commas, found: member;label"),
+        ("member,label,logit_0,logit_1\n1,0,1,2,3,4,5,6\n1,0,1,2,3,4,5,6,7,8,9\n", "cannot be read"),
     ],
 )
 def test_tables_that_are_not(tmp_path, text, words):
     (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as caught:
         read(tmp_path / "a.csv")
+    assert str(caught.value).isprintable()
 
 
 def test_files_larger_than_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
@@ -280,3 +153,105 @@ def test_files_larger_than_memory_are_refused_before_they_are_read(tmp_path, mon
     for path in (*paths, tmp_path, tmp_path / "a.csv"):
         with pytest.raises(ValueError, match="GB of memory and 1e-06 GB are free"):
             read(path)
+
+
+TABLE = "member,label,logit_0,logit_1\n1,0,0.5,2\n1,1,1,0\n0,0,3,1.5\n0,1,1,4\n"
+
+
+@pytest.mark.parametrize("text", [
+    TABLE.encode("utf-8-sig"), TABLE.replace("\n", "\r\n").encode(), TABLE.replace(",", ", ").encode(),
+    TABLE.replace("\n1,", "\nTrue,").replace("\n0,", "\nFalse,").encode(),
+    TABLE.replace("logit_1\n", "logit_1,comment\n").replace("2\n", "2,a\n", 1).encode(),
+])
+def test_tables_as_other_programs_write_them(tmp_path, text):
+    (tmp_path / "a.CSV").write_bytes(text)
+    found = read(tmp_path / "a.CSV")
+    assert found.logits[0].tolist() == [[0.5, 2], [1, 0], [3, 1.5], [1, 4]] and found.labels.tolist() == [0, 1, 0, 1]
+    assert found.membership[0].tolist() == [True, True, False, False]
+
+
+def test_npy_files_may_be_given_one_by_one(tmp_path):
+    for name, a in single().items():
+        np.save(tmp_path / f"{name}.npy", a)
+    found = read([tmp_path / f"{name}.npy" for name in single()])
+    assert np.array_equal(found.logits, read(tmp_path).logits) and found.models == 1
+    write(tmp_path / "a.npz", single())
+    (tmp_path / "b").mkdir()
+    np.save(tmp_path / "b" / "member_logits.npy", np.zeros(3))
+    for paths, words in (
+        ((tmp_path / "a.npz", tmp_path / "a.npz"), "only .npy files are read together"),
+        ((tmp_path / "member_logits.npy", tmp_path / "a.npz"), "only .npy files are read together"),
+        ((tmp_path / "member_logits.npy", tmp_path / "b"), "two files have the same name"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read(paths)
+
+
+def test_what_has_no_meaning_is_not_unpacked(tmp_path, monkeypatch):
+    """An archive that is small on the disk and huge when it is unpacked, under a name that nobody asked for."""
+    write(tmp_path / "a.npz", single())
+    with zipfile.ZipFile(tmp_path / "a.npz", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.bin", bytes(50_000_000))
+        archive.writestr("bomb.npy", bytes(50_000_000))
+    tracemalloc.start()
+    found = read(tmp_path / "a.npz")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.n == 50 and most < 5_000_000 and "bomb" in found.warnings[0]
+
+
+def test_a_long_header_is_not_read(tmp_path):
+    (tmp_path / "member_logits.npy").write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31) + b" " * 100)
+    with pytest.raises(ValueError, match="a header of 2,147,483,648 bytes"):
+        read(tmp_path)
+
+
+def test_a_header_of_any_length_is_no_pickle(tmp_path):
+    """A safetensors file begins with the length of its header: 640 is written as a pickle begins."""
+    for filler in range(1, 600):
+        path = write(tmp_path / "a.safetensors", single() | {"x" * filler: np.zeros(1)})
+        if path.read_bytes()[:2] == b"\x80\x02":
+            break
+    else:
+        raise AssertionError("no header of 640 bytes was made")
+    assert read(path).n == 50
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors", "a.csv", "member_logits.npy"])
+def test_damage_anywhere_ends_in_one_sentence_or_is_harmless(tmp_path, name):
+    if name == "a.csv":
+        (tmp_path / name).write_text(TABLE)
+    elif name.endswith(".npy"):
+        for key, a in single().items():
+            np.save(tmp_path / f"{key}.npy", a)
+    else:
+        write(tmp_path / name, single())
+    good, rng = (tmp_path / name).read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for trial in range(150):
+        broken = bytearray(good)
+        if trial % 3 == 0:
+            del broken[rng.integers(0, len(good)) :]
+        elif trial % 3 == 1:
+            broken[rng.integers(0, min(len(good), 300))] = rng.integers(0, 256)
+        else:
+            at = rng.integers(0, len(good))
+            broken[at:at] = rng.bytes(5)
+        (tmp_path / name).write_bytes(bytes(broken))
+        try:
+            read(tmp_path if name.endswith(".npy") else tmp_path / name)
+        except ValueError as error:
+            assert str(error).isprintable() and len(str(error)) < 600
+            refused += 1
+    assert refused > 20
+
+
+def test_memory_is_what_the_container_has(tmp_path):
+    free = files._available(tmp_path)  # no control group there
+    assert free > 1e6
+    limits = {"memory.max": "2000000", "memory.current": "1500000", "memory.stat": "anon 5\ninactive_file 300000\n"}
+    for name, text in limits.items():
+        (tmp_path / name).write_text(text)
+    assert files._available(tmp_path) == 800_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert files._available(tmp_path) > 1e6

@@ -116,7 +116,7 @@ def test_held_out_accuracy_where_it_is_known():
     y = np.arange(80) % 2
     shifted = member + 10.0 * y  # each class has its own zero
     assert (lk.held_out_accuracy(shifted, member, y=y) == 1).all() and (lk.held_out_accuracy(shifted, member) < 0.8).all()
-    with pytest.raises(ValueError, match="at least two"):
+    with pytest.raises(ValueError, match="at least 2 members"):
         lk.held_out_accuracy(np.zeros((1, 3)), np.array([[True, False, False]]))
 
 

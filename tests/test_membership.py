@@ -20,11 +20,21 @@ def game(models=8, n=60, strength=1.0, seed=0, design="balanced"):
     return hardness + strength * member + rng.normal(0, 1, member.shape), member
 
 
+def slow_twin(member, target):
+    """Pairs of complements are made from the first row on; each row is in one pair at most."""
+    taken = {}
+    for m in range(len(member)):
+        for k in range(m):
+            if k not in taken and m not in taken and (member[k] == ~member[m]).all():
+                taken[k], taken[m] = m, k
+    return taken.get(target)
+
+
 def slow_lira(signal, member, variance, online):
     models, n = member.shape
     out = np.zeros((models, n))
     for t in range(models):
-        keep = [m for m in range(models) if m != t and not (member[m] == ~member[t]).all()]
+        keep = [m for m in range(models) if m not in (t, slow_twin(member, t))]
         sides = {}
         for name, who in (("in", member), ("out", ~member)):
             squares, free = 0.0, 0
@@ -39,7 +49,7 @@ def slow_lira(signal, member, variance, online):
                 own = ((r - r.mean()) ** 2).sum()
                 v = {"per_sample": own / len(r), "pooled": sides[name],
                      "shrunk": (own + 8 * sides[name]) / (len(r) - 1 + 8)}[variance]
-                term[name] = (r.mean(), np.sqrt(v))
+                term[name] = (r.mean(), np.sqrt(max(v, 1e-6)))
             x = signal[t, i]
             if online:
                 out[t, i] = stats.norm.logpdf(x, *term["in"]) - stats.norm.logpdf(x, *term["out"])
@@ -55,6 +65,43 @@ def test_lira_equals_the_loops(variance, online):
     assert np.allclose(mi.lira(signal, member, variance=variance, online=online), slow_lira(signal, member, variance, online))
 
 
+AWKWARD = {
+    "ties": lambda rng, shape: rng.integers(0, 3, shape).astype(float),
+    "constant": lambda rng, shape: np.full(shape, 2.5),
+    "a diverged model": lambda rng, shape: rng.normal(size=shape) + 1e9 * (np.arange(shape[0]) == 3)[:, None],
+    "large": lambda rng, shape: 1e6 * rng.normal(size=shape),
+    "tiny differences": lambda rng, shape: 50 + 1e-2 * rng.normal(size=shape),
+    "extreme confidences": lambda rng, shape: rng.choice([-800.0, -30.0, 0.0, 30.0, 800.0], shape),
+}
+
+
+@pytest.mark.parametrize("variance", ["per_sample", "pooled", "shrunk"])
+@pytest.mark.parametrize("online", [True, False])
+@pytest.mark.parametrize("kind", AWKWARD)
+def test_lira_equals_the_loops_on_awkward_signals(kind, variance, online):
+    member = member_masks(12, 8, seed=1).numpy()
+    signal = AWKWARD[kind](np.random.default_rng(0), member.shape)
+    fast = mi.lira(signal, member, variance=variance, online=online)
+    assert np.allclose(fast, slow_lira(signal, member, variance, online), rtol=1e-6, atol=1e-6)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["per_sample", "pooled", "shrunk"]), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_lira_equals_the_loops_whatever_the_design(seed, variance, online):
+    """Independent coins, repeated rows and complements in any order: who is left out is the target and one twin."""
+    rng = np.random.default_rng(seed)
+    rows = rng.random((3, 6)) < 0.5
+    member = np.concatenate([rows, ~rows, rows[:1], ~rows[:1], np.ones((2, 6), bool), np.zeros((2, 6), bool)])
+    member = np.concatenate([member, rng.random((4, 6)) < 0.5])[rng.permutation(16)]
+    signal = rng.normal(size=member.shape) * rng.choice([1.0, 1e4], 6)
+    try:
+        fast = mi.lira(signal, member, variance=variance, online=online)
+    except ValueError as error:
+        assert "references for every sample" in str(error)
+        return
+    assert np.allclose(fast, slow_lira(signal, member, variance, online), rtol=1e-6, atol=1e-6)
+
+
 def test_several_queries_add_their_log_ratios():
     a, member = game(seed=1)
     b, _ = game(seed=1, strength=2.0)
@@ -65,7 +112,7 @@ def slow_rmia(p, member, gamma, population, offline_a=None):
     models, n = p.shape
     out = np.zeros((models, n))
     for t in range(models):
-        keep = [m for m in range(models) if m != t and not (member[m] == ~member[t]).all()]
+        keep = [m for m in range(models) if m not in (t, slow_twin(member, t))]
         ratio = np.zeros(n)
         for i in range(n):
             p_out = np.mean([p[m, i] for m in keep if not member[m, i]])
@@ -88,6 +135,35 @@ def test_rmia_equals_all_pairs(gamma, offline_a):
     assert np.allclose(fast, slow_rmia(p, member, gamma, population, offline_a))
 
 
+def slow_log_ratio_count(signal, member, population):
+    """RMIA straight from its definition in logarithms, where a confidence of 0 or 1 loses nothing."""
+    log_p = -np.logaddexp(0, -signal)
+    out = np.zeros(signal.shape)
+    for t in range(len(signal)):
+        keep = [m for m in range(len(signal)) if m not in (t, slow_twin(member, t))]
+        log_ratio = []
+        for i in range(signal.shape[1]):
+            means = [
+                np.logaddexp.reduce([log_p[m, i] for m in keep if side[m, i]]) - np.log(sum(side[m, i] for m in keep))
+                for side in (member, ~member)
+            ]
+            log_ratio.append(log_p[t, i] - np.logaddexp(*means) + np.log(2))
+        log_ratio = np.array(log_ratio).round(9)
+        out[t] = [np.mean(one >= log_ratio[population]) for one in log_ratio]
+    return out
+
+
+@pytest.mark.parametrize("kind", ["ties", "constant", "extreme confidences"])
+def test_rmia_equals_all_pairs_on_awkward_confidences(kind):
+    """Ties among ratios and confidences that round to 0 and 1 (a ratio of 0 to 0 cannot arise: the target is no reference)."""
+    member = member_masks(12, 6, seed=2).numpy()
+    signal = AWKWARD[kind](np.random.default_rng(1), member.shape).clip(-300, 300)
+    population = np.arange(12) % 4 > 0
+    fast = mi.rmia(1 / (1 + np.exp(-signal)), member, population=population)
+    slow = slow_log_ratio_count(signal, member, population)
+    assert np.allclose(fast, slow)
+
+
 def test_rmia_without_a_population_orders_alike():
     signal, member = game(models=6, n=40)
     p = 1 / (1 + np.exp(-signal))
@@ -100,6 +176,10 @@ ATTACKS = {
     "offline shrunk": lambda s, m: mi.lira(s, m, online=False), "signal": lambda s, m: s,
     "rmia": lambda s, m: mi.rmia(1 / (1 + np.exp(-s)), m),
     "offline rmia": lambda s, m: mi.rmia(1 / (1 + np.exp(-s)), m, offline_a=0.5),
+    "offline pooled": lambda s, m: mi.lira(s, m, variance="pooled", online=False),
+    "rmia with a population": lambda s, m: mi.rmia(1 / (1 + np.exp(-s)), m, population=np.arange(s.shape[1]) % 2 > 0),
+    "two queries": lambda s, m: mi.lira(np.stack([s, np.roll(s, 1, axis=1)]), m),
+    "by class": lambda s, m: mi.by_class(s, np.arange(s.shape[1]) % 4, m),
 }
 
 
@@ -143,6 +223,11 @@ def test_twins():
     member = member_masks(11, 6, seed=0).numpy()
     assert mi.twins(member).tolist() == [1, 0, 3, 2, 5, 4]
     assert mi.twins(member[[0, 2, 3]]).tolist() == [-1, 2, 1]
+
+
+def test_twins_come_in_pairs():
+    rows = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 1], [1, 0, 0], [0, 1, 1], [1, 1, 1]], dtype=bool)
+    assert mi.twins(rows).tolist() == [2, 4, 0, -1, 1, -1]
 
 
 @given(st.lists(st.floats(-30, 30), min_size=3, max_size=6), st.integers(0, 2))

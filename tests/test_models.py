@@ -120,6 +120,18 @@ def test_batch_norm_is_torchs_for_each_model():
     assert torch.allclose(ours.running_var, torch.stack([r.running_var for r in theirs]))
 
 
+@pytest.mark.parametrize("make", [lambda: layers.GroupNorm(2, 6, groups=3), lambda: layers.BatchNorm(2, 6)])
+def test_scale_and_shift_are_the_same_whether_recorded_or_not(make):
+    norm = make().double()
+    generator = torch.Generator().manual_seed(0)
+    for p in norm.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(5, 12, 4, 4, generator=generator, dtype=torch.float64)
+    quick = norm(x)
+    norm.calls = []
+    assert torch.allclose(quick, norm(x), atol=1e-12) and len(norm.calls) == 1
+
+
 def test_recording_ends_with_the_block_also_after_an_error():
     net, x, _ = build("mlp", 1)
     with pytest.raises(RuntimeError, match="planted"), net.recording():

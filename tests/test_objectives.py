@@ -140,9 +140,53 @@ def test_mart_by_its_definition(task):
     for i in range(12):
         wrong = max(q[i, k] for k in range(3) if k != y[i])
         kl = sum(p[i, k] * torch.log(p[i, k] / q[i, k]) for k in range(3))
-        wanted = -torch.log(q[i, y[i]]) - torch.log(1 - wrong) + 4 * kl * (1 - p[i, y[i]])
+        wanted = -torch.log(q[i, y[i]]) - torch.log(1.0001 - wrong) + 4 * kl * (1 - p[i, y[i]])
         assert torch.allclose(seen.loss[i], wanted, atol=1e-8)
         assert torch.allclose(seen.adversarial_ce[i], -torch.log(q[i, y[i]]), atol=1e-8)
+
+
+@pytest.mark.parametrize("objective", [TRADES(PGD(0.1, 3)), MART(PGD(0.1, 3))], ids=lambda o: type(o).__name__)
+def test_slopes_are_finite_where_a_wrong_class_is_certain(task, objective):
+    net, x, y, index = task
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(400)
+    seen = objective(net, x, y, index, rng=rng())
+    assert (seen.logits.softmax(-1).scatter(-1, y[:, None], 0).amax(-1) == 1).any()
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(seen.loss.sum(), list(net.parameters())))
+
+
+def test_what_the_authors_guards_change_stays_below_the_bound(task):
+    """MART's loss written as its authors' code has it, logarithms of probabilities with 1e-12 and 1.0000001."""
+    net, x, y, index = task
+    seen = MART(PGD(0.1, 3), beta=6.0)(net, x, y, index, rng=rng())
+    clean, moved = net(x).softmax(1).detach(), seen.logits.softmax(1).detach()
+    order = moved.argsort(1)
+    second = torch.where(order[:, -1] == y, order[:, -2], order[:, -1])
+    rows = torch.arange(12)
+    distance = (clean * (clean.log() - (moved + 1e-12).log())).sum(1)
+    wanted = -moved[rows, y].log() - (1.0001 - moved[rows, second] + 1e-12).log()
+    wanted = wanted + 6 * distance * (1.0000001 - clean[rows, y])
+    assert torch.allclose(seen.loss, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("attack", "step", "reach"), [(RSFGSM(0.1), 0.125, 1.0), (NFGSM(0.1, 2.0), 0.1, 2.0)], ids=["RS", "N"])
+def test_single_step_training_by_its_definition(task, attack, step, reach):
+    """RS-FGSM: uniform in the ball, one step of 1.25 eps, back to the ball. N-FGSM: uniform in k times the ball, no way back."""
+    net, x, y, index = task
+    seen = PGDAT(attack)(net, x, y, index, rng=rng())
+    z = x + (2 * rng().uniform_rows(x) - 1) * reach * 0.1
+    if isinstance(attack, PGD):
+        z = z.clamp(0, 1)
+    z.requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(net(z), y, reduction="sum"), z)
+    moved = z.detach() + step * slope.sign()
+    if isinstance(attack, PGD):
+        moved = x + (moved - x).clamp(-0.1, 0.1)
+    else:
+        assert ((moved.clamp(0, 1) - x).abs().amax() > 0.1)
+    wanted = F.cross_entropy(net(moved.clamp(0, 1)), y, reduction="none")
+    assert torch.allclose(seen.loss, wanted, atol=1e-9)
 
 
 INNER = [Natural(), PGDAT(PGD(0.1, 3)), TRADES(PGD(0.1, 3)), MART(PGD(0.1, 3))]

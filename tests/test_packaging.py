@@ -33,16 +33,19 @@ optimizers
 farm
 live
 training
+pairs
 queries
 canaries
 signals
 membership
 leakage
+outputs
 files
 risk
 experiment
 estimate
 comparison
+matched
 sweep
 results
 protocol
@@ -63,6 +66,7 @@ pages
 doctor
 runner
 site
+subject
 report
 audit
 cli

@@ -135,7 +135,7 @@ def test_nothing_is_fetched(page):
 def test_figures_are_inside_once_with_their_data(page):
     assert page.count('<script type="application/json" id="figure-') == 1 == page.count('<div id="figure-') and "3.25" in page
     assert 'aria-label="A figure"' in page
-    assert "</script><b>trap" not in page and "<\\/script><b>trap" in page
+    assert "</script><b>trap" not in page and "\\u003c/script>\\u003cb>trap" in page
     assert 3_000_000 < len(page) < 8_000_000  # plotly's JavaScript, once
 
 

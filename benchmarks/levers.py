@@ -1,0 +1,132 @@
+"""What each trick in the hot path is worth by itself: the same step with and without it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from unittest import mock
+
+import torch
+from growth import state_of
+from harness import Row, judged, times
+
+from demem_lab.attacks import PGD
+from demem_lab.layers import _Normalised
+from demem_lab.models import MLP, SmallCNN
+
+_TRAINING = """
+import time, torch
+from demem_lab import data, farm
+from demem_lab.attacks import PGD
+from demem_lab.mechanisms import DPSGD, Plain
+from demem_lab.models import MLP, SmallCNN
+from demem_lab.objectives import PGDAT
+from demem_lab.sampling import Poisson
+from demem_lab.streams import model_seeds
+from demem_lab.training import Recipe, train
+if not {keep}:
+    farm._keep_freed_memory = lambda: None
+digits = data.load()
+members = data.member_masks(digits.n, {models}, seed=0)
+for epochs in (0.2, {epochs}):  # the first warms up
+    recipe = Recipe({spec}, PGDAT(PGD(0.1, 3)), {mechanism}, sampler=Poisson(64), epochs=epochs)
+    begun = time.process_time()
+    train(digits, members, recipe, seeds=model_seeds(0, {models}), chunk={models} // 2)
+print(time.process_time() - begun)
+"""
+
+
+def freed_memory(quick: bool) -> list[Row]:
+    """Freed memory kept between steps (farm.one_thread_each) against glibc's usual way, each in processes of its own."""
+    rows = []
+    for spec, models, mechanism in (("MLP()", 64, "Plain()"), ("MLP()", 64, "DPSGD(1.0)"), ("SmallCNN()", 16, "DPSGD(1.0)")):
+        ratios = []
+        for _ in range(1 if quick else 4):
+            seconds = []
+            for keep in (False, True):
+                script = _TRAINING.format(keep=keep, models=models, spec=spec, mechanism=mechanism, epochs=1 if quick else 2)
+                told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+                seconds.append(float(told))
+            ratios.append(seconds[0] / seconds[1])
+        shape = f"{models} x {spec}, PGD-3 AT, {mechanism}, 8x8, Poisson(64), two chunks, CPU time"
+        rows.append(judged("lever: freed memory is kept", shape, "without", ratios))
+        if quick:
+            break
+    return rows
+
+
+def _recorded_way(self: _Normalised, x: torch.Tensor) -> torch.Tensor:
+    seen = self.normalise(x)
+    return self.record(seen, torch.addcmul(self.bias.flatten()[:, None, None], seen, self.weight.flatten()[:, None, None]))
+
+
+def fused_norm(quick: bool) -> list[Row]:
+    """Scale and shift inside the normalisation where nothing is recorded, against one more pass."""
+    state = state_of(8, SmallCNN(), attack=False)
+
+    def two_passes() -> None:
+        with mock.patch.object(_Normalised, "forward", _recorded_way):
+            state.advance()
+
+    found = times({"ours": state.advance, "without": two_passes}, rounds=3 if quick else 9)
+    ratios = [w / o for w, o in zip(found["without"], found["ours"], strict=True)]
+    return [judged("lever: norms scale in one pass", "8 small CNNs, 8x8, natural step, batch 50", "without", ratios)]
+
+
+def _plain_ascent(self: PGD, net, x, y, rng, loss, start):
+    step = 2.5 * self.eps / self.steps
+    z = self.project(x + self._random_offset(x, rng), x)
+    for _ in range(self.steps):
+        z.requires_grad_()
+        (slope,) = torch.autograd.grad(loss(net(z), y).sum(), z)
+        z = self.project(z.detach() + step * slope.sign(), x)
+    return z
+
+
+def one_clamp(quick: bool) -> list[Row]:
+    """One clamp in place a PGD step, against ball and range one after the other."""
+    state = state_of(48, MLP())
+    attack, net = PGD(0.1, 10), state.net
+    x, y = state.x[:50].repeat(48, 1, 1, 1), state.y[:50].repeat(48)
+
+    def ours():
+        return attack(net, x, y, rng=torch.Generator().manual_seed(0))
+
+    def plain():
+        with mock.patch.object(PGD, "_ascend", _plain_ascent):
+            return ours()
+
+    assert (ours() - plain()).abs().max() < 1e-6
+    found = times({"ours": ours, "without": plain}, rounds=5 if quick else 15)
+    ratios = [w / o for w, o in zip(found["without"], found["ours"], strict=True)]
+    return [judged("lever: one clamp a step", "PGD-10, 48 MLPs, batch 50", "without", ratios)]
+
+
+def profile() -> str:
+    """Where a PGD-3 adversarial training step of 48 MLPs spends its time: torch's own table."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    state = state_of(48, MLP())
+    for _ in range(3):
+        state.advance()
+    with watch(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(10):
+            state.advance()
+    found = sorted(seen.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(e.self_cpu_time_total for e in found)
+    lines = ["| operator | share of the step | calls a step |", "|---|---|---|"]
+    lines += [f"| {e.key} | {e.self_cpu_time_total / total:.1%} | {e.count / 10:g} |" for e in found[:12]]
+    return "\n".join(lines)
+
+
+def jobs(quick: bool) -> list[Row]:
+    """All rows of this file."""
+    return [*freed_memory(quick), *fused_norm(quick), *one_clamp(quick)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(profile())
+    for row in jobs("--quick" in sys.argv):
+        print(f"{row.job}, {row.shape}: {row.ratio:.2f}")
