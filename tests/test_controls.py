@@ -72,3 +72,32 @@ def test_an_error_is_seen_and_gone_when_it_is_over():
 def test_every_panel_and_prediction_is_named():
     for box in (Made().widget, controls.Prediction("How many?", low=0, high=1).widget):
         assert isinstance(box.children[-1], Names) and "demem-panel" in box._dom_classes
+
+
+def test_the_browser_hears_of_the_figure_with_its_data(monkeypatch):
+    first = Made()
+    first.amount.value = 4.5
+    announced = []
+    opened = go.FigureWidget.open
+    monkeypatch.setattr(go.FigureWidget, "open", lambda self: announced.append(self.get_state()["_widget_data"]) or opened(self))
+    Made()
+    assert len(announced) == 1 and list(announced[0][0]["y"]) == [4.5]  # once, complete, and where it stood
+
+
+def test_a_view_made_later_starts_where_the_panel_stands(monkeypatch):
+    monkeypatch.setattr(controls, "display", lambda _: None)
+    panel = Made()
+    panel.amount.value = 6.5
+    panel._ipython_display_()
+    assert list(panel.figure.get_state()["_widget_data"][0]["y"]) == [6.5]
+
+
+def test_a_control_may_move_others_and_draw_once():
+    panel = Made()
+    drawn = []
+    panel.update = lambda: drawn.append(panel.amount.value) or ""
+    with panel.held():
+        panel.amount.value, panel.count.value = 2.0, 4
+    assert drawn == []
+    panel.amount.value = 3.0
+    assert drawn == [3.0]
