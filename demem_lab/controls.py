@@ -65,6 +65,30 @@ class Names(anywidget.AnyWidget):
     """
 
 
+class LiveFigure(go.FigureWidget):
+    """A FigureWidget that is complete when the browser first hears of it.
+
+    plotly's own announces itself empty and sends its data after that. On a busy machine the browser may draw in between, and
+    such a figure stays empty (or at its first position): plotly's browser part does not draw data that come late.
+    """
+
+    _complete = False
+
+    def __init__(self, figure: go.Figure) -> None:
+        super().__init__(figure)
+        self._complete = True
+        self.open()
+
+    def open(self) -> None:
+        """Announce the figure, once it has its data."""
+        if self._complete:
+            super().open()
+
+    def catch_up(self) -> None:
+        """Let views made from now on start with the present data: plotly gives them the first ones."""
+        self._repr_mimebundle_()
+
+
 class Panel:
     """Base of all panels: `controls` call `update`, and whatever goes wrong is shown in `readout`.
 
@@ -74,13 +98,14 @@ class Panel:
     _held = False
 
     def __init__(self, controls: Sequence[widgets.Widget], boxes: Sequence[widgets.Widget], figure: go.Figure) -> None:
-        self.figure = go.FigureWidget(figure)
-        self.readout = widgets.HTML()
-        self.widget = named(widgets.VBox([*boxes, self.readout, self.figure]))
+        self.figure, self.readout = figure, widgets.HTML()
         for control in controls:
             self._restore(control)
+        self._changed(None)  # before the browser hears of the figure, so that it is drawn once
+        self.figure = LiveFigure(self.figure)
+        self.widget = named(widgets.VBox([*boxes, self.readout, self.figure]))
+        for control in controls:
             control.observe(self._changed, names="value")
-        self._changed(None)
 
     def _restore(self, control: widgets.Widget) -> None:
         place = (type(self).__name__, control.description)
@@ -111,6 +136,7 @@ class Panel:
         self.readout.value = f'<div role="status" aria-live="polite" style="font-size:15px;line-height:1.5">{text}</div>'
 
     def _ipython_display_(self) -> None:
+        self.figure.catch_up()
         display(self.widget)
 
 

@@ -87,3 +87,32 @@ def test_a_prediction_waits_for_people_and_not_for_machines(monkeypatch, capsys)
     assert asked.committed and asked.slider.disabled and "You guessed: 6. Measured: 7, 1 away" in asked.compare(7.0)
     with pytest.raises(ValueError, match="high"):
         Prediction("?", low=1, high=0)
+
+
+def test_the_browser_hears_of_the_figure_with_its_data(monkeypatch):
+    first = Made()
+    first.amount.value = 4.5
+    announced = []
+    opened = go.FigureWidget.open
+    monkeypatch.setattr(go.FigureWidget, "open", lambda self: announced.append(self.get_state()["_widget_data"]) or opened(self))
+    Made()
+    assert len(announced) == 1 and list(announced[0][0]["y"]) == [4.5]  # once, complete, and where it stood
+
+
+def test_a_view_made_later_starts_where_the_panel_stands(monkeypatch):
+    monkeypatch.setattr(controls, "display", lambda _: None)
+    panel = Made()
+    panel.amount.value = 6.5
+    panel._ipython_display_()
+    assert list(panel.figure.get_state()["_widget_data"][0]["y"]) == [6.5]
+
+
+def test_a_control_may_move_others_and_draw_once():
+    panel = Made()
+    drawn = []
+    panel.update = lambda: drawn.append(panel.amount.value) or ""
+    with panel.held():
+        panel.amount.value, panel.count.value = 2.0, 4
+    assert drawn == []
+    panel.amount.value = 3.0
+    assert drawn == [3.0]

@@ -213,7 +213,7 @@ def test_a_click_on_a_point_or_picture_chooses_the_sample(dataset, runs):
         clicked = trace(panel, name)
         wanted = int(clicked.customdata[7][0])
         clicked._dispatch_on_click(Points(point_inds=[7], trace_name=name), InputDeviceState())
-        assert panel.sample.value == wanted and f"Sample {wanted}," in text(panel)
+        assert panel.sample.value == wanted and f"Sample {wanted} ," in text(panel)
 
 
 def test_cells_run_again_stand_where_they_stood(dataset, runs, tiny, net):
