@@ -4,10 +4,10 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tour lab doctor test clean
+.PHONY: help tour lab doctor test bench bench-quick clean
 
 help:  ## what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 tour: .venv/.tour  ## run notebooks 00 to 05 headless; report in runs/tour/index.html
 	$(BIN)/demem-lab tour
@@ -24,6 +24,12 @@ test: .venv/.test  ## run everything CI runs
 	@store=$$(mktemp -d) && status=0 && \
 	DEMEM_STORE="$$store" $(BIN)/python -m pytest -q --durations=15 || status=$$?; rm -rf "$$store"; exit $$status
 
+bench: .venv/.bench  ## speed and memory against the peers, with ratios; 25 minutes on two quiet cores
+	$(BIN)/python benchmarks/run.py
+
+bench-quick: .venv/.bench  ## the same with fewer models and rounds, 3 minutes
+	$(BIN)/python benchmarks/run.py --quick
+
 clean:  ## remove the environment and all outputs (not your cached results)
 	rm -rf .venv runs build *.egg-info
 
@@ -39,4 +45,10 @@ clean:  ## remove the environment and all outputs (not your cached results)
 .venv/.test: pyproject.toml | .venv/bin/python
 	@echo "setting up .venv (PyTorch is large: a few minutes the first time)"
 	$(BIN)/pip install -q -e ".[attacks,test]"
+	@touch $@ .venv/.tour
+
+.venv/.bench: pyproject.toml | .venv/bin/python
+	@echo "setting up .venv (PyTorch is large: a few minutes the first time)"
+	$(BIN)/pip install -q -e ".[attacks,bench]"
+	$(BIN)/pip install -q --no-deps torchattacks foolbox
 	@touch $@ .venv/.tour

@@ -74,13 +74,14 @@ def plane(quick: bool) -> list[Row]:
 def imports(quick: bool) -> list[Row]:
     """Import times in fresh processes, and whether torch came along."""
     rows = []
-    for module in ("demem_lab", "demem_lab.cli", "demem_lab.leakage", "demem_lab.audit", "demem_lab.training"):
+    modules = ("demem_lab", "demem_lab.cli", "demem_lab.leakage", "demem_lab.training", "demem_lab.audit")
+    for module in modules[: 2 if quick else None]:
         script = (
             f"import sys, time; begun = time.process_time(); import {module}; "
             "print(time.process_time() - begun, 'torch' in sys.modules)"
         )
         seconds = []
-        for _ in range(2 if quick else 5):
+        for _ in range(1 if quick else 5):
             told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
             took, torch_came = told.stdout.split()
             seconds.append(float(took))
