@@ -183,8 +183,8 @@ def _submitted(executor: Executor, function, chunk):
 def _keep_freed_memory() -> None:
     """Let glibc keep what a training step frees for the next one, instead of asking the system for the same pages again.
 
-    Without it steps of changing size fault the same pages in again and again: 1.1 to 1.3 x the CPU time for MLPs, 1.0 to
-    1.2 x for a small CNN (benchmarks/levers.py). `run` gives the memory back when the chunks are done.
+    Without it steps of changing size fault the same pages in again and again: 1.1 to 1.3 x the CPU time for MLPs,
+    1.1 x for a small CNN (benchmarks/levers.py). `run` gives the memory back when the chunks are done.
     """
     if sys.platform == "linux":
         try:
