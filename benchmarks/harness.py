@@ -1,7 +1,7 @@
 """Two or more ways to do one job, timed in turn, and what came out of it as a ratio with its spread.
 
-Every job first shows that the ways agree (same numbers, or the same accuracy), then times them in interleaved rounds: what
-the machine does beside us hits all of them alike. CPU time, one thread, so that a busy machine changes little; `wall=True`
+A job times its ways in interleaved rounds, so that what the machine does beside us hits all of them alike. README.md says
+which jobs first show that the ways agree. CPU time, one thread, so that a busy machine changes little; `wall=True`
 where several processes are the point.
 """
 

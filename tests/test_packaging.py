@@ -91,7 +91,7 @@ def names(requirements):
 
 
 @pytest.mark.parametrize(("file", "extras"), [
-    ("environment.yml", sorted(set(PROJECT["optional-dependencies"]) - {"test"})),
+    ("environment.yml", sorted(set(PROJECT["optional-dependencies"]) - {"bench", "test"})),
     ("binder/environment.yml", ["attacks"]),  # one core and 2 GB: nothing to spread work over
 ])
 def test_environments_are_in_step_with_pyproject(file, extras):
