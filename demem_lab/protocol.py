@@ -32,7 +32,7 @@ from demem_lab.mechanisms import DPSGD, Drop, LossVariance, Mechanism, Plain, Se
 from demem_lab.models import ARCHITECTURES
 from demem_lab.objectives import AWP, PGDAT, TRADES, Natural, Objective
 from demem_lab.optimizers import SGD, HalfFlat, Schedule, StepDecay
-from demem_lab.precision import Precision
+from demem_lab.precision import Precision, resolve
 from demem_lab.remedies import GradedRelease, release_schedule
 from demem_lab.results import Results, measure
 from demem_lab.sampling import Poisson, Shuffled
@@ -229,6 +229,7 @@ def tune(
 def _tables(protocol, dataset, members, seeds, recipe: Recipe, name, store: Store, device: str, progress: bool, executor=None):
     """(tables, guarantee in words, seconds it took when it was computed) of one arm, through the store."""
     on = farm.device(device) if executor is None else farm.device_of(executor, device)
+    recipe = replace(recipe, precision=resolve(recipe.precision, on))  # kept results say what it was
     config = {
         "data": dataset.fingerprint, "recipe": recipe, "members": members, "seeds": tuple(seeds), "query": protocol.query,
         "device": on.type, "delta": protocol.delta,
