@@ -36,7 +36,8 @@ class Names(anywidget.AnyWidget):
 
     _esm = """
     function name(root) {
-        root.setAttribute("data-lm-suppress-shortcuts", "true");
+        for (const control of root.querySelectorAll("select, input, button, .noUi-handle"))
+            control.setAttribute("data-lm-suppress-shortcuts", "true");  // JupyterLab asks the focused element first
         for (const slider of root.querySelectorAll(".widget-slider")) {
             const label = slider.querySelector(".widget-label")?.innerText || slider.title;
             const row = slider.closest(".demem-control");
