@@ -264,7 +264,8 @@ class DeMemPanel(_Threaded):
             fresh = bool(self.curve.points()["epoch"])
             text = f"{'trained' if fresh else 'found in the store'}: {where}" if new else f"already on the chart: {where}"
             self.plane = job.result
-            self.noise.value, self.threshold.value = self.position
+            with self.held():
+                self.noise.value, self.threshold.value = self.position
         self.status.value = _said(text)
         self._changed(None)
 
