@@ -27,7 +27,7 @@ _positions: dict[tuple[str, str], object] = {}
 
 
 class Names(anywidget.AnyWidget):
-    """Shows nothing; gives the controls around it the names that ipywidgets leaves out.
+    """Shows nothing; gives the controls around it the names that ipywidgets leaves out, and figures the width they have.
 
     A slider's handle has a role and a value in the page but no name, and the number box beside it is called "=". Inside a box
     of class "demem-panel", handles are named by their slider's label, and boxes "... as a number". Keys pressed there are the
@@ -49,18 +49,30 @@ class Names(anywidget.AnyWidget):
             plot.setAttribute("aria-label", "figure; the text above it says what it shows");
         }
     }
+    const tried = new WeakMap();  // the width each figure was last asked to take
+    function fit(root) {
+        for (const plot of root.querySelectorAll(".js-plotly-plot")) {
+            const drawn = plot.querySelector(".main-svg")?.clientWidth, room = plot.clientWidth;
+            if (!drawn || !room || Math.abs(drawn - room) < 2 || tried.get(plot) === room) continue;
+            tried.set(plot, room);
+            window.dispatchEvent(new Event("resize"));
+        }
+    }
     export default {
         render({ el }) {
-            let observer = null, ended = false;
+            let observer = null, sizes = null, ended = false;
             (function start() {
                 if (ended) return;
                 const root = el.closest(".demem-panel");
                 if (!root) return void requestAnimationFrame(start);  // not in the page yet
                 name(root);
-                observer = new MutationObserver(() => name(root));
+                fit(root);
+                observer = new MutationObserver(() => { name(root); fit(root); });
                 observer.observe(root, { childList: true, subtree: true });
+                sizes = new ResizeObserver(() => fit(root));
+                sizes.observe(root);
             })();
-            return () => { ended = true; observer?.disconnect(); };
+            return () => { ended = true; observer?.disconnect(); sizes?.disconnect(); };
         }
     };
     """
@@ -70,13 +82,15 @@ class LiveFigure(go.FigureWidget):
     """A FigureWidget that is complete when the browser first hears of it.
 
     plotly's own announces itself empty and sends its data after that. On a busy machine the browser may draw in between, and
-    such a figure stays empty (or at its first position): plotly's browser part does not draw data that come late.
+    such a figure stays empty (or at its first position): plotly's browser part does not draw data that come late. It follows
+    the width of the page, too.
     """
 
     _complete = False
 
     def __init__(self, figure: go.Figure) -> None:
         super().__init__(figure)
+        self._config = {**self._config, "responsive": True}  # else it keeps the width of the moment it was drawn in
         self._complete = True
         self.open()
 

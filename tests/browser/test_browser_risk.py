@@ -140,6 +140,8 @@ def walk(shown, check, moves):
         how()
         seen = settled(shown, check, other_than=seen, after=control)
     assert shown.panel.evaluate(UNNAMED) == []
+    drawn, room = (shown.panel.locator(place).first.bounding_box()["width"] for place in (".main-svg", ".js-plotly-plot"))
+    assert abs(drawn - room) < 2  # the figure fills the page
     covered = {control for control, _ in moves}
     for role in ("slider", "spinbutton", "combobox"):
         for element in shown.panel.get_by_role(role).all():
@@ -251,6 +253,7 @@ def test_the_gallery_of_notebook_03(server, tmp_path):
             assert np.allclose(named(traces, "did not")["x"], asked["outside"])
             alone = [t for t in traces if t["type"] in ("heatmap", "image")][1]
             assert np.allclose(drawn_image(alone["z"]), asked["image"], atol=3e-3)
+            assert f"rank {asked['position'][3]:,}," in shown.words()
             assert f"Sample {asked['position'][-1]}," in shown.words() and f"{asked['above']} of" in shown.words()
             return asked["position"]
 
