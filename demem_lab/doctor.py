@@ -27,6 +27,7 @@ from pathlib import Path
 
 PYTHON = (3, 11)
 PEAK_GB = 1.1  # notebook 05, kernel and workers, as measured by the tour
+NO_LIMIT = 1 << 60  # control groups of version 1 say "none" as a number larger than any memory
 FREE_GB = 1.0  # the lessons' results take about half of it
 EXTENSIONS = ("@jupyter-widgets/jupyterlab-manager", "anywidget", "jupyterlab-plotly")
 FOLDERS = {
@@ -155,7 +156,7 @@ def memory(
     for folder in _groups(root):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             most = _number(folder / limit)
-            if most:
+            if most and most < NO_LIMIT:
                 limits.append((most, most - (_number(folder / used) or 0)))
     if environ.get("MEM_LIMIT", "").isdigit() and int(environ["MEM_LIMIT"]):
         limits.append((int(environ["MEM_LIMIT"]), int(environ["MEM_LIMIT"])))

@@ -124,7 +124,7 @@ def test_bad_experiments(lab, change, words):
         replace(lab, **change)
 
 
-@pytest.mark.parametrize(("setting", "words"), [({"model": "vgg"}, "model must be"), ({"dataset": "cats"}, "dataset must be")])
+@pytest.mark.parametrize(("setting", "words"), [({"model": "vit"}, "model must be"), ({"dataset": "cats"}, "dataset must be")])
 def test_bad_profile_settings(setting, words):
     with pytest.raises(ValueError, match=words):
         profile("smoke").experiment(**setting)
