@@ -55,7 +55,9 @@ def attack_view(path: AttackPath, classes: Sequence[str], *, title: str = "") ->
     for column, anchor in ((1, "x"), (2, "x2"), (3, "x3")):
         _frame(figure, anchor, row=1, col=column)
     figure.update_layout(legend={"orientation": "h", "y": -0.17, "x": 0, "yanchor": "top"})
-    figure.update_xaxes(title="step of the attack", row=2, col=1, rangemode="tozero", tickformat="d")
+    ticks = steps[:: max(1, len(steps) // 10)]  # plotly's own would have half steps
+    figure.update_xaxes(title="step of the attack", row=2, col=1, rangemode="tozero", tickvals=ticks,
+                        ticktext=[str(t) for t in ticks])
     figure.update_yaxes(title="probability", range=[-0.03, 1.03], tickformat=".0%", row=2, col=1)
     return _large(styled(figure, title=title, height=660), top=125 if title else 70)
 
@@ -69,8 +71,8 @@ def leak_view(answers: Mapping[str, Leak], chosen: str, *, title: str = "") -> g
     rate = f"{100 * leak.fpr:g} %"
     figure = make_subplots(
         rows=2, cols=2, row_heights=[0.68, 0.32], vertical_spacing=0.22, horizontal_spacing=0.15,
-        subplot_titles=("scores of one target", "its ROC, both axes logarithmic", "misleading: best accuracy",
-                        f"honest: found at {rate} false positives"),
+        subplot_titles=("scores of one target", "its ROC, both axes logarithmic", "misleading: best accuracy (dotted: a coin)",
+                        f"honest: found at {rate} false (dotted: guessing)"),
     )
     middle, width = (leak.edges[1:] + leak.edges[:-1]) / 2, np.diff(leak.edges)
     both = ("non-members", leak.non_members, -1, OUT, ""), ("members", leak.members, 1, IN, "/")
@@ -97,14 +99,14 @@ def leak_view(answers: Mapping[str, Leak], chosen: str, *, title: str = "") -> g
             hovertemplate="%{y}: %{x:.1%} (+%{error_x.array:.1%} / -%{error_x.arrayminus:.1%})<extra></extra>",
         )
         figure.add_vline(x=guess, line={"color": COLORS[3], "dash": "dot", "width": 3}, row=2, col=column)
-    figure.update_xaxes(range=[0, 1], tickformat=".0%", title="dotted: a coin", row=2, col=1)
-    figure.update_xaxes(rangemode="tozero", tickformat=".0%", title="dotted: guessing", row=2, col=2)
+    figure.update_xaxes(range=[0, 1], tickformat=".0%", row=2, col=1)
+    figure.update_xaxes(rangemode="tozero", tickformat=".0%", row=2, col=2)
     figure.update_yaxes(automargin=True, range=[len(names) - 0.6, -0.8], row=2)
     figure.update_xaxes(title="score (outermost bars: and beyond)", row=1, col=1)
     ticks = [-top, -(top // 2), 0, top // 2, top]
     figure.update_yaxes(title="non-members | members", tickvals=ticks, ticktext=[f"{abs(t)}" for t in ticks], row=1, col=1)
-    figure.update_layout(barmode="overlay", bargap=0, legend={"orientation": "h", "y": 1.08, "x": 0, "yanchor": "bottom"})
-    return _large(styled(figure, title=title, height=700), top=140 if title else 90)
+    figure.update_layout(barmode="overlay", bargap=0, legend={"orientation": "h", "y": -0.13, "x": 0, "yanchor": "top"})
+    return _large(styled(figure, title=title, height=720), top=90 if title else 45)
 
 
 def risk_view(
@@ -122,7 +124,7 @@ def risk_view(
     )
     figure.add_trace(picture(gallery_canvas(cut, images)), row=1, col=1)
     figure.add_trace(_hover_spots(risks, cut, classes, images.shape[2:]), row=1, col=1)
-    figure.add_scatter(mode="markers", name="chosen picture", hoverinfo="skip", showlegend=False, row=1, col=1,
+    figure.add_scatter(mode="markers", name="chosen picture", hoverinfo="skip", showlegend=False, cliponaxis=False, row=1, col=1,
                        marker={"size": 62, "symbol": "square-open", "color": COLORS[1], "line": {"width": 5}},
                        **_place(cut, sample, images.shape[2:]))
     x, y, above = risks.scores[cheap], risks.scores["memorization"], np.zeros(len(risks.y), dtype=bool)
