@@ -4,7 +4,7 @@
 05: about 4 minutes on this machine the first time, about 15 seconds when its results are kept
 3 seeds x 16 models on 1797 images of digits; CPU, 2 workers; 212 results of these images kept
 
-Nothing is guessed. The seconds of the last tour on two quiet cores are known (`MEASURED`), and so is how long plain
+Nothing is guessed. The seconds of the last tour on two cores are known (`MEASURED`), and so is how long plain
 adversarial training took there; a probe of a second trains a few steps of the same kind here, with this notebook's data,
 network and number of models, and the ratio of the two carries the tour's seconds over.
 """
@@ -20,7 +20,7 @@ from demem_lab.experiment import Experiment, profile
 from demem_lab.streams import model_seeds
 
 # `make tour`, profile lesson, two CPU cores, November 2026: seconds with nothing kept but the earlier notebooks' results
-MEASURED = {"00": 27, "01": 35, "02": 88, "03": 12, "04": 149, "05": 255}
+MEASURED = {"00": 36, "01": 48, "02": 124, "03": 72, "04": 129, "05": 214}
 KEPT = 76 / 6  # seconds of one of these notebooks when all its results are kept
 STEP = 0.0083  # seconds of one step of the lesson's 16 models, on the same two cores
 DIGITS = 1797  # images of the lesson
