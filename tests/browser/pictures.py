@@ -8,6 +8,7 @@ as long as the notebooks take; run `make tour` before, and the results are there
 
 import argparse
 import io
+import re
 import shutil
 import sys
 import tempfile
@@ -28,7 +29,8 @@ def main() -> int:
     arguments.add_argument("--profile", default="lesson")
     arguments.add_argument("--out", type=Path, default=ROOT / "notebooks" / "images")
     given = arguments.parse_args()
-    files = [file for file in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")) if "Panel(" in file.read_text()]
+    files = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    files = [file for file in files if re.search(r"(Panel|Gallery)\(", file.read_text())]
     chosen = [file for file in files if not given.numbers or file.name[:2] in given.numbers]
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
