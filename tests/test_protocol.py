@@ -83,6 +83,8 @@ def test_measuring_equals_a_slow_reading():
         out = [i for i in range(len(y)) if not members[m, i]]
         assert found["robust accuracy"][m] == pytest.approx(np.mean([tables["robust"][m, i] for i in out]))
         assert found["clean accuracy"][m] == pytest.approx(np.mean([tables["clean"][m, i].argmax() == y[i] for i in out]))
+        risky = [i for i in range(len(y)) if members[m, i] and top[i]]
+        assert found["member robust accuracy, at risk"][m] == pytest.approx(np.mean([tables["robust"][m, i] for i in risky]))
     for attack, scores in (
         ("LiRA", lira(logit_margin(tables["adversarial"], y), members, variance="pooled")),
         ("RMIA", rmia(confidence(tables["adversarial"], y), members)),
