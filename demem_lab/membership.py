@@ -15,7 +15,7 @@ Sources: LiRA (Carlini et al. 2022), RMIA (Zarifzadeh et al. 2024), thresholds b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from demem_lab.validate import choice, finite
 PRIOR_DEGREES = 8.0  # how many observations the pooled variance counts for in the shrunk variance
 VARIANCE_FLOOR = 1e-6
 ROUNDING = 1e-12
+COLUMNS = 4096
 
 
 def twins(member: np.ndarray) -> np.ndarray:
@@ -74,13 +75,15 @@ def lira(
                     f"variance={variance!r} needs {needed} {name}-references for every sample and target, got "
                     f"{int(m.count.min())}; train at least {4 * needed + 2} models in complementary halves"
                 )
-        v_in, v_out = _variances(inside, variance), _variances(outside, variance)
-        if variance != "per_sample" and (inside.degrees == 0 or outside.degrees == 0):
-            v_in = v_out = 1.0  # one reference each: no spread to estimate, and with equal ones its size drops out
-        if online:
-            total += _log_normal(query, inside.mean, v_in) - _log_normal(query, outside.mean, v_out)
-        else:
-            total += (query - outside.mean) / np.sqrt(v_out)
+        # one reference each: no spread to estimate, and with equal ones its size drops out
+        spread = variance == "per_sample" or (inside.free.any() and outside.free.any())
+        for part in _parts(member.shape[1]):
+            x, a, b = query[:, part], inside.columns(part), outside.columns(part)
+            v_in, v_out = (_variances(a, variance), _variances(b, variance)) if spread else (1.0, 1.0)
+            if online:
+                total[:, part] += _log_normal(x, a.mean, v_in) - _log_normal(x, b.mean, v_out)
+            else:
+                total[:, part] += (x - b.mean) / np.sqrt(v_out)
     return total
 
 
@@ -158,7 +161,7 @@ def treated_inference(signal: np.ndarray, references: np.ndarray, member: np.nda
     inside = _moments(shadows[0], member, twins(member))
     if inside.count.min() < 1:
         raise ValueError("an in-reference is needed for every sample and target; train at least 4 models in complementary halves")
-    spread = np.sqrt(_variances(inside, "shrunk")) if inside.degrees else 1.0  # one reference each has no spread
+    spread = np.sqrt(_variances(inside, "shrunk")) if inside.free.any() else 1.0  # one reference each has no spread
     return np.where(member, (inside.mean - signal[0]) / spread, np.nan)
 
 
@@ -167,10 +170,17 @@ class _Moments:
     count: np.ndarray  # [M, N] references
     mean: np.ndarray
     squares: np.ndarray  # sum of squared deviations from the mean
+    free: np.ndarray  # [M, 1] degrees of freedom of all samples together
+    pooled: np.ndarray  # [M, 1] variance over all samples, from that target's references only
 
-    @property
-    def degrees(self) -> float:
-        return float(np.maximum(self.count - 1, 0).sum())
+    def columns(self, part: slice) -> _Moments:
+        """The same for some of the samples."""
+        return replace(self, count=self.count[:, part], mean=self.mean[:, part], squares=self.squares[:, part])
+
+
+def _parts(n: int) -> list[slice]:
+    """Columns a few at a time: what a step reads and writes stays in the processor's cache."""
+    return [slice(start, start + COLUMNS) for start in range(0, n, COLUMNS)]
 
 
 def _moments(signal: np.ndarray, who: np.ndarray, other: np.ndarray) -> _Moments:
@@ -179,16 +189,24 @@ def _moments(signal: np.ndarray, who: np.ndarray, other: np.ndarray) -> _Moments
     Nothing is subtracted from a total, so one model with huge outputs spoils no reference but its own (Chan et al. 1979).
     """
     blocks = [[m] if t < 0 else [m, t] for m, t in enumerate(other) if t < 0 or m < t]
-    found = tuple(np.zeros(signal.shape) for _ in range(3))
-    for order in (blocks, blocks[::-1]):
-        seen = tuple(np.zeros(signal.shape[1]) for _ in range(3))
-        for block in order:
-            for m in block:
-                for row, value in zip(found, _joined(tuple(row[m] for row in found), seen), strict=True):
-                    row[m] = value
-            for m in block:
-                seen = _joined(seen, (who[m].astype(np.float64), np.where(who[m], signal[m], 0), np.zeros(signal.shape[1])))
-    return _Moments(*found)
+    found = tuple(np.empty(signal.shape) for _ in range(3))
+    free = squares = np.zeros((len(signal), 1))
+    for part in _parts(signal.shape[1]):
+        values, present = signal[:, part], who[:, part]
+        rows = tuple(array[:, part] for array in found)
+        for order in (blocks, blocks[::-1]):
+            seen = (0.0, *(np.zeros(values.shape[1]) for _ in range(2)))
+            for first, *twin in order:
+                together = seen if order is blocks else _joined(tuple(row[first] for row in rows), seen)
+                for row, value in zip(rows, together, strict=True):
+                    row[[first, *twin]] = value
+                if twin:  # exactly one of twins has seen a sample
+                    seen = _added(seen, np.where(present[first], values[first], values[twin[0]]), 1.0)
+                else:
+                    seen = _added(seen, values[first], present[first].astype(np.float64))
+        free = free + np.maximum(rows[0] - 1, 0).sum(1, keepdims=True)
+        squares = squares + rows[2].sum(1, keepdims=True)
+    return _Moments(*found, free, squares / np.maximum(free, 1))
 
 
 def _joined(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
@@ -199,15 +217,21 @@ def _joined(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> tuple[np.nd
     return total, mean + gap * share, squares + its_squares + gap * gap * n * share
 
 
+def _added(a: tuple[np.ndarray, ...], value: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The same when one value joins where `present` is 1 (Welford 1962)."""
+    n, mean, squares = a
+    total, gap = n + present, value - mean
+    moved = mean + gap * (present / np.maximum(total, 1))
+    return total, moved, squares + gap * present * (value - moved)  # in this order: a huge absent value is 0, not inf * 0
+
+
 def _variances(m: _Moments, kind: str) -> np.ndarray:
     if kind == "per_sample":
         return np.maximum(m.squares / np.maximum(m.count, 1), VARIANCE_FLOOR)
-    free = np.maximum(m.count - 1, 0)
-    # one pooled variance for each target, from that target's references only
-    pooled = m.squares.sum(1, keepdims=True) / np.maximum(free.sum(1, keepdims=True), 1)
     if kind == "pooled":
-        return np.maximum(np.broadcast_to(pooled, m.squares.shape), VARIANCE_FLOOR)
-    return np.maximum((m.squares + PRIOR_DEGREES * pooled) / (free + PRIOR_DEGREES), VARIANCE_FLOOR)
+        return np.maximum(np.broadcast_to(m.pooled, m.squares.shape), VARIANCE_FLOOR)
+    free = np.maximum(m.count - 1, 0)
+    return np.maximum((m.squares + PRIOR_DEGREES * m.pooled) / (free + PRIOR_DEGREES), VARIANCE_FLOOR)
 
 
 def _log_normal(x: np.ndarray, mean: np.ndarray, variance) -> np.ndarray:

@@ -102,6 +102,27 @@ def test_lira_equals_the_loops_whatever_the_design(seed, variance, online):
     assert np.allclose(fast, slow_lira(signal, member, variance, online), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("variance", ["per_sample", "pooled", "shrunk"])
+def test_lira_a_few_columns_at_a_time(variance, monkeypatch):
+    signal, member = game(models=8, n=30)
+    whole = mi.lira(signal, member, variance=variance)
+    monkeypatch.setattr(mi, "COLUMNS", 7)
+    assert np.allclose(mi.lira(signal, member, variance=variance), whole, rtol=1e-12)
+
+
+def test_an_enormous_signal_spoils_only_the_references_it_belongs_to():
+    """No row has a twin here; 1e200 squared is infinite, and infinite times "not a reference" would be NaN."""
+    member = np.random.default_rng(1).random((9, 40)) < 0.5
+    member[:, (member[:-1].sum(0) < 4) | (member[:-1].sum(0) > 4)] = (np.arange(9) % 2 == 0)[:, None]
+    signal = np.random.default_rng(0).normal(size=member.shape)
+    signal[2] = 1e200
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores = mi.lira(signal, member, variance="per_sample", online=False)
+    without = mi.lira(np.where(np.arange(9)[:, None] == 2, 0.0, signal), member, variance="per_sample", online=False)
+    free = member[2] & (np.arange(9) != 2)[:, None]  # model 2 is no out-reference of these
+    assert free.any() and np.allclose(scores[free], without[free])
+
+
 def test_several_queries_add_their_log_ratios():
     a, member = game(seed=1)
     b, _ = game(seed=1, strength=2.0)
