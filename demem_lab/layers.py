@@ -63,8 +63,12 @@ class Linear(Layer):
         self.weight = nn.Parameter(torch.empty(models, inputs, outputs))
         self.bias = nn.Parameter(torch.zeros(models, outputs))
 
+    def product(self, x: Tensor) -> Tensor:
+        """What `forward` gives, without a record of it."""
+        return torch.baddbmm(self.bias[:, None], x, self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.record(x, torch.baddbmm(self.bias[:, None], x, self.weight))
+        return self.record(x, self.product(x))
 
     def initialise(self, streams: Streams) -> None:
         with torch.no_grad():

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -75,10 +75,14 @@ class Network(nn.Module):
         x = _with_slope(x, 1 / self.scale)
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        x = (x - self.mean) / self.std if (self.mean, self.std) != (0.0, 1.0) else x
+        x = self.normalised(x)
         with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
             logits = self.body(x)
         return logits if self.half is None else _with_slope(logits.float(), self.scale)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Pixels as the first layer sees them."""
+        return (x - self.mean) / self.std if (self.mean, self.std) != (0.0, 1.0) else x
 
     def body(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -226,6 +230,25 @@ class _Dense(Network):
         for layer in self.linear[:-1]:
             h = F.relu(layer(h))
         return self.linear[-1](h).flatten(0, 1)
+
+    @torch.no_grad()
+    def by_hand(self, x: Tensor, slope_of: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Gradient at the images [M*B, C, H, W] of what has the gradient `slope_of(logits)` at the logits.
+
+        An attack asks for nothing else, and autograd's graph costs as much as a third of its time. None where the layers
+        compute in 16 bits or are compiled: that is autograd's business.
+        """
+        if self.half is not None or "body" in vars(self):
+            return None
+        h = self.normalised(x).reshape(self.models, -1, self.linear[0].inputs)
+        seen = []
+        for layer in self.linear[:-1]:
+            h = layer.product(h).relu_()
+            seen.append(h)
+        slope = slope_of(self.linear[-1].product(h).flatten(0, 1)).unflatten(0, (self.models, -1))
+        for layer, h in zip(self.linear[:0:-1], reversed(seen), strict=True):
+            slope = torch.ops.aten.threshold_backward(slope @ layer.weight.mT, h, 0)
+        return (slope @ self.linear[0].weight.mT).view_as(x) / self.std
 
 
 class _Convolutional(Network):

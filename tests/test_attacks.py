@@ -12,6 +12,7 @@ from torch import nn
 from demem_lab import attacks
 from demem_lab.attacks import FGSM, NFGSM, PGD, RSFGSM
 from demem_lab.models import MLP
+from demem_lab.objectives import _Away
 from demem_lab.streams import Streams
 
 
@@ -297,3 +298,42 @@ def test_rs_fgsm_is_a_long_step_back_into_the_ball():
     start = (x + (2 * uniform - 1) * 0.07).clamp(0, 1)
     moved = start + 1.25 * 0.07 * uphill(net, y).sign()
     assert torch.allclose(found, torch.min(torch.max(moved, x - 0.07), x + 0.07).clamp(0, 1))
+
+
+LOSSES = {
+    "cross-entropy": attacks.cross_entropy,
+    "margin": attacks.margin,
+    "a loss of one's own": lambda logits, y: logits.square().sum(-1) - logits.gather(-1, y[:, None])[:, 0],
+    "TRADES": _Away(torch.randn(15, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("hidden", [(), (7,), (9, 7, 5)])
+def test_slopes_by_hand_equal_autograd(loss, hidden):
+    """Several models at once, pixels normalised by the model, weights far from where they started."""
+    net = MLP(hidden, mean=0.3, std=0.4).build(models=3, shape=(1, 4, 4), classes=10, seeds=(0, 1, 2)).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype))
+    x = torch.rand(15, 1, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    y = torch.arange(15) % 10
+    z = x.clone().requires_grad_()
+    (right,) = torch.autograd.grad(LOSSES[loss](net(z), y).sum(), z)
+    with net.recording():
+        found = attacks.image_slope(net, x, y, LOSSES[loss])
+        assert not any(layer.calls for layer in net.layers)
+    torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+    assert not found.requires_grad and not x.requires_grad and all(p.grad is None for p in net.parameters())
+
+
+def test_sixteen_bits_and_compiled_networks_go_through_autograd():
+    net = MLP((5,)).build(models=1, shape=(1, 2, 2), classes=3, seeds=(0,))
+    x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
+    net.compute_in(torch.bfloat16)
+    assert net.by_hand(x, lambda logits: logits) is None
+    assert attacks.image_slope(net, x, y).shape == x.shape
+    net.compute_in(None)
+    calls, plain = [], net.body
+    net.body = lambda z: calls.append(1) or plain(z)
+    assert attacks.image_slope(net, x, y).shape == x.shape and calls == [1]
