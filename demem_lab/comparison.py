@@ -26,6 +26,7 @@ METRICS = {
     "member accuracy": "clean accuracy, members", "member robust": "robust accuracy (PGD), members",
     "leak": "true positive rate of LiRA, the larger of clean and adversarial queries",
     "leak clean": "true positive rate of LiRA, clean queries", "leak adversarial": "the same, adversarial queries",
+    "accused": "share of the non-members that the same threshold accuses, the query as for the leak",
     "auc": "area under LiRA's ROC, the larger of clean and adversarial queries",
 }
 
@@ -69,9 +70,11 @@ def measure(run: Run, groups: Mapping[str, np.ndarray] | None = None, *, fpr: fl
             rate = leakage.tpr_at(fpr)
             if rate is not None:
                 out[name, f"leak {query}"] = rate
-        rates = [out[name, f"leak {q}"] for q in found if (name, f"leak {q}") in out]
-        if rates:
-            out[name, "leak"] = max(rates)
+        if (name, "leak clean") in out:
+            stronger = max(found, key=lambda query: out[name, f"leak {query}"])
+            out[name, "leak"] = out[name, f"leak {stronger}"]
+            if np.isfinite(found[stronger].accused).all():
+                out[name, "accused"] = float(found[stronger].accused.mean())
         out[name, "auc"] = max(float(leakage.auc.mean()) for leakage in found.values())
     return out
 

@@ -40,6 +40,7 @@ class Leakage:
     fprs: tuple[float, ...]
     auc: np.ndarray  # [M]
     tpr: np.ndarray  # [M, F] at thresholds with at most that share of false positives
+    accused: np.ndarray  # [M, F] share of the non-members (of the subset) that those thresholds accuse; NaN where there is none
     balanced_accuracy: np.ndarray  # [M] at the best threshold on these very scores: optimistic
     members: np.ndarray  # int [M]
     non_members: np.ndarray  # int [M]
@@ -97,22 +98,26 @@ def evaluate(
 ) -> Leakage:
     """ROC measures of scores [M, N] for each target; `subset` bool [N] restricts the members that count.
 
-    Thresholds are global: they come from ALL non-members of the model, also for a subset. One sort a model.
+    Thresholds are global: they come from ALL non-members of the model, also for a subset. Such a threshold may accuse the
+    subset's non-members more often than others: `tpr` of a subset says something about membership only where it exceeds
+    `accused`. One sort a model.
     """
     scores, member = _checked(scores, member)
     inside = member if subset is None else member & np.asarray(subset, dtype=bool)
     if not inside.any(1).all() or member.all(1).any():
         raise ValueError("every model needs at least one member (of the subset) and one non-member")
-    auc, tpr, balanced = [], [], []
-    for s, m, chosen in zip(scores, member, inside, strict=True):
-        true, false = _steps(s, chosen, ~m)
+    beside = ~member if subset is None else ~member & np.asarray(subset, dtype=bool)
+    auc, tpr, accused, balanced = [], [], [], []
+    for s, m, chosen, own in zip(scores, member, inside, beside, strict=True):
+        true, false, accusing = _steps(s, chosen, ~m, own)
         auc.append(((true[1:] + true[:-1]) / 2 * np.diff(false)).sum() / (true[-1] * false[-1]))
         # the last step with at most fpr * n false positives; ties are one step, so nobody is accused by halves
         at = [np.searchsorted(false, np.floor(f * false[-1] + 1e-9), side="right") - 1 for f in fprs]
         tpr.append(true[at] / true[-1])
+        accused.append(accusing[at] / accusing[-1] if accusing[-1] else np.full(len(at), np.nan))
         balanced.append(((true / true[-1] + 1 - false / false[-1]) / 2).max())
     counts = inside.sum(1), (~member).sum(1)
-    return Leakage(tuple(fprs), np.array(auc), np.array(tpr), np.array(balanced), *counts)
+    return Leakage(tuple(fprs), np.array(auc), np.array(tpr), np.array(accused), np.array(balanced), *counts)
 
 
 def held_out_accuracy(
@@ -272,14 +277,17 @@ def seed_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
-def _steps(scores: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cumulative true and false positives [steps + 1] as the threshold falls from infinity, one step a distinct score."""
+def _steps(scores: np.ndarray, positive: np.ndarray, negative: np.ndarray, *some: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Cumulative true and false positives [steps + 1] as the threshold falls from infinity, one step a distinct score.
+
+    `some`: parts of the positive and negative that are counted as well.
+    """
     counted = positive | negative
-    s, hit, miss = scores[counted], positive[counted], negative[counted]
+    s = scores[counted]
     order = np.argsort(-s)
     s = s[order]
     last = np.append(s[1:] != s[:-1], True)  # the end of every run of equal scores
-    return tuple(np.concatenate([[0], np.cumsum(part[order])[last]]) for part in (hit, miss))
+    return tuple(np.concatenate([[0], np.cumsum(part[counted][order])[last]]) for part in (positive, negative, *some))
 
 
 def _best_threshold(scores: np.ndarray, member: np.ndarray) -> float:

@@ -9,6 +9,7 @@ Importing this module makes figures appear as data plus plotly's own renderer, n
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +22,10 @@ from demem_lab.comparison import METRICS, Comparison
 from demem_lab.leakage import Interval
 
 if "google.colab" not in sys.modules:
-    pio.renderers.default = "plotly_mimetype"
+    if "plotly.io._renderers" in sys.modules:
+        pio.renderers.default = "plotly_mimetype"
+    else:  # the same, without loading the renderers (IPython, a grammar of addresses: 2 s) before something is shown
+        os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a7400")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")

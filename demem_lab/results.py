@@ -84,7 +84,9 @@ def measure(
     """Metric -> one value a model, from the logits [M, N, K] on clean and adversarial images and robust [M, N].
 
     "found ..." is the true positive rate at that false positive rate, the larger of clean and adversarial queries in the
-    mean over models; rates that the non-members cannot resolve are left out. Attacks: LiRA with pooled variances, RMIA.
+    mean over models; rates that the non-members cannot resolve are left out. "accused ..." is the share of a group's own
+    non-members beyond the same threshold, which is one for all groups: only what is found beyond it is given away by
+    membership, the rest by being hard. Attacks: LiRA with pooled variances, RMIA.
     """
     clean = tables["clean"].argmax(-1) == y
     out = {}
@@ -104,6 +106,8 @@ def measure(
             for column, fpr in enumerate(fine):
                 stronger = max(seen, key=lambda s, c=column: s.tpr[:, c].mean())
                 out[f"{attack}: found at {100 * fpr:g} %{group}"] = stronger.tpr[:, column].tolist()
+                if group:
+                    out[f"{attack}: accused at {100 * fpr:g} %{group}"] = stronger.accused[:, column].tolist()
             out[f"{attack}: AUC{group}"] = max(seen, key=lambda s: s.auc.mean()).auc.tolist()
     return out
 

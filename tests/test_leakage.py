@@ -46,6 +46,23 @@ def test_evaluate_by_brute_force(kind, subset):
         auc, tpr, balanced = brute(scores[m], inside, ~member[m], fprs)
         assert found.auc[m] == pytest.approx(auc) and found.tpr[m] == pytest.approx(tpr)
         assert found.balanced_accuracy[m] == pytest.approx(balanced)
+        own = ~member[m] & chosen if subset else ~member[m]
+        for f, fpr in enumerate(fprs):  # the lowest threshold that accuses few enough of all non-members, if there is one
+            cuts = [c for c in np.unique(scores[m]) if (scores[m][~member[m]] >= c).mean() <= fpr + 1e-9]
+            reached = (scores[m][own] >= min(cuts)).mean() if cuts else 0.0
+            assert found.accused[m, f] == pytest.approx(reached), (m, fpr)
+
+
+def test_who_is_hard_and_no_member_is_accused_all_the_same():
+    """Dropped samples are no members of anything; where their scores scatter more, one threshold for all still finds them."""
+    rng, hard = np.random.default_rng(0), np.arange(2000) < 200
+    member = rng.random((4, 2000)) < 0.5
+    scores = rng.normal(size=member.shape) * np.where(hard, 3, 1)
+    found = lk.evaluate(scores, member, fprs=(0.05,), subset=hard)
+    assert found.tpr_at(0.05) > 0.15 and found.accused.mean() > 0.15
+    assert abs(found.tpr_at(0.05) - found.accused.mean()) < 0.06
+    assert lk.evaluate(scores, member, fprs=(0.05,)).accused.mean() == pytest.approx(0.05, abs=0.001)
+    assert np.isnan(lk.evaluate(scores, member | hard, fprs=(0.05,), subset=hard).accused).all()
 
 
 @pytest.mark.parametrize("members", [1, 59])
