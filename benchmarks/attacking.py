@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from harness import Row, judged, times, versus
-from shadow_models import EPS, attacked, torch_model
+from shadow_models import EPS, attacked, twin_of
 
 from demem_lab import data
 from demem_lab.attacks import FGSM, PGD, autoattack, predictions, withstands
@@ -16,6 +16,7 @@ from demem_lab.optimizers import SGD
 from demem_lab.recipe import Job
 from demem_lab.sampling import Shuffled
 from demem_lab.state import State
+from demem_lab.streams import Streams
 from demem_lab.training import Recipe, train
 
 
@@ -111,8 +112,9 @@ def trades(quick: bool) -> list[Row]:
         recipe = Recipe(spec, TRADES(PGD(EPS, 10)), Plain(), SGD(lr=0.01), Shuffled(batch), epochs=10_000)
         job = Job(images, everybody, recipe, (0,), torch.device("cpu"), False, torch.float32, float(batch))
         state = State(job)
-        net = torch_model(spec, tuple(x.shape[1:]))
+        net = twin_of(state.net, spec, tuple(x.shape[1:]))
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+        _same_trades(recipe.objective, state.net, net, x, y)
         rows += versus(
             "TRADES-10 step", f"{name}, {side}x{side}, batch {batch}, 1 thread",
             {"ours": state.advance, "as published": lambda n=net, x=x, y=y, o=optimizer: _published_step(n, x, y, o)},
@@ -121,7 +123,15 @@ def trades(quick: bool) -> list[Row]:
     return rows
 
 
-def _published_step(net, x, y, optimizer, *, beta: float = 6.0, steps: int = 10) -> None:
+def _same_trades(objective: TRADES, ours, net, x, y) -> None:
+    """Networks of the same weights must have the same loss both ways (within 5 %: the attacks start at their own noise)."""
+    seen = objective(ours, x, y, torch.arange(len(x)), rng=Streams((0,), "attack", counts=[len(x)]))
+    mine = seen.loss.mean().item()
+    published = _published_step(net, x, y, None)
+    assert abs(mine - published) < 0.05 * published, f"not the same loss: {mine:.4f} and {published:.4f}"
+
+
+def _published_step(net, x, y, optimizer, *, beta: float = 6.0, steps: int = 10) -> float:
     """The order of work of the public implementation: the clean forward pass is repeated in every attack step, and the KL
     term is differentiated with the weights' gradients switched on."""
     net.eval()
@@ -133,11 +143,14 @@ def _published_step(net, x, y, optimizer, *, beta: float = 6.0, steps: int = 10)
         (slope,) = torch.autograd.grad(distance, [moved])
         moved = (moved.detach() + 2.5 * EPS / steps * slope.sign()).clamp(x - EPS, x + EPS).clamp(0, 1)
     net.train()
-    optimizer.zero_grad()
     clean = net(x)
     robust = F.kl_div(F.log_softmax(net(moved), 1), F.softmax(clean, 1), reduction="batchmean")
-    (F.cross_entropy(clean, y) + beta * robust).backward()
-    optimizer.step()
+    loss = F.cross_entropy(clean, y) + beta * robust
+    if optimizer is not None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
 
 
 def auto(quick: bool) -> list[Row]:
@@ -154,7 +167,10 @@ def auto(quick: bool) -> list[Row]:
         judge = AutoAttack(model=net, norm="Linf", eps=EPS, version="standard", device="cpu", seed=0)
         return judge.run_standard_evaluation(digits.x, digits.y, batch_size=64)[0]
 
-    found = times({"ours": lambda: autoattack(net, digits.x, digits.y, eps=EPS), "alone": alone}, rounds=1 if quick else 3)
+    left = [(predictions(net, moved) == digits.y).sum() for moved in (autoattack(net, digits.x, digits.y, eps=EPS), alone())]
+    assert left[0] == left[1], f"not the same attack: {left} images withstand"
+    ways = {"ours": lambda: autoattack(net, digits.x, digits.y, eps=EPS), "alone": alone}
+    found = times(ways, rounds=1 if quick else 3, warm=False)
     ratios = [a / o for a, o in zip(found["alone"], found["ours"], strict=True)]
     return [judged("AutoAttack", f"MLP, {digits.n} digits", "pyautoattack alone", ratios, target=0.95)]
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import tracemalloc
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from harness import Row, judged, times
 
-from demem_lab import data, training
+from demem_lab import data, queries, training
 from demem_lab.attacks import PGD
-from demem_lab.membership import lira
+from demem_lab.leakage import evaluate
+from demem_lab.membership import lira, rmia
 from demem_lab.models import MLP, Spec
 from demem_lab.objectives import PGDAT
 from demem_lab.sampling import Shuffled
@@ -42,9 +46,13 @@ def state_of(models: int, spec: Spec, *, batch: int = 50, attack: bool = True) -
 def slope(job: str, shape: str, axis: str, sizes: list[float], actions: list, *, rounds: int) -> list[Row]:
     """The power of `axis` that time grows with, over all sizes and over the largest two."""
     found = times({str(s): a for s, a in zip(sizes, actions, strict=True)}, rounds=rounds)
-    seconds = np.array(list(found.values()))  # [sizes, rounds]
-    fits = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
-    last = np.log(seconds[-1] / seconds[-2]) / np.log(sizes[-1] / sizes[-2])
+    return powers(job, shape, axis, sizes, np.array(list(found.values())))
+
+
+def powers(job: str, shape: str, axis: str, sizes: list[float], values: np.ndarray) -> list[Row]:
+    """The power of `axis` that values [sizes, rounds] grow with."""
+    fits = np.polyfit(np.log(sizes), np.log(values), 1)[0]
+    last = np.log(values[-1] / values[-2]) / np.log(sizes[-1] / sizes[-2])
     span = f"{axis} from {sizes[0]:,} to {sizes[-1]:,}"
     return [
         judged(job, f"{shape}, {span}", "fitted power", list(fits), unit=f"power of {axis}"),
@@ -70,15 +78,50 @@ def models(quick: bool) -> list[Row]:
 
 
 def samples(quick: bool) -> list[Row]:
-    """Time of leave-one-out LiRA against the number of samples."""
+    """Time against the number of samples: LiRA, RMIA, rates at a threshold, an epoch of training, a table of answers."""
     sizes = [500, 2000, 8000] if quick else [500, 2000, 8000, 20_000, 60_000]
+    games, images = [], []
     rng = np.random.default_rng(0)
-    actions = []
     for n in sizes:
         member = data.member_masks(n, 16, seed=0).numpy()
-        signal = rng.normal(size=member.shape) + member
-        actions.append(lambda s=signal, m=member: lira(s, m))
-    return slope("time against N", "leave-one-out LiRA, 16 models", "N", sizes, actions, rounds=3)
+        games.append((rng.normal(size=member.shape) + member, member))
+        x, y = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 10
+        images.append(data.Dataset("random pixels", x, y, tuple("0123456789"), "made here", 0.1))
+    rows = slope("time against N", "leave-one-out LiRA, 16 models", "N", sizes, [partial(lira, *g) for g in games], rounds=3)
+    ratios = [partial(rmia, 1 / (1 + np.exp(-s)), m) for s, m in games]
+    rows += slope("time against N", "RMIA, 16 models", "N", sizes, ratios, rounds=3)
+    rows += slope("time against N", "rates and AUC, 16 models", "N", sizes, [partial(evaluate, *g) for g in games], rounds=3)
+
+    def epoch(pixels: data.Dataset):
+        members = data.member_masks(pixels.n, 4, seed=0)
+        recipe = Recipe(MLP(), sampler=Shuffled(50), epochs=1)
+        return training.train(pixels, members, recipe, seeds=model_seeds(0, 4), chunk=4)
+
+    rows += slope("time against N", "an epoch of 4 MLPs, natural", "N", sizes, [partial(epoch, i) for i in images], rounds=1)
+    trained = epoch(images[0])
+    asked = [partial(queries.outputs, trained, i) for i in images]
+    rows += slope("time against N", "a table of answers of 4 MLPs", "N", sizes, asked, rounds=3)
+    held = [_held(partial(lira, *g)) for g in games]
+    return rows + powers("memory against N", "leave-one-out LiRA, 16 models", "N", sizes, np.array(held)[:, None])
+
+
+def _held(action) -> int:
+    """The most bytes that an action in NumPy held at a time, beside its arguments."""
+    tracemalloc.start()
+    action()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most
+
+
+def memory(quick: bool) -> list[Row]:
+    """Peak memory of training M models, beyond what a process with one of them has, each in a process of its own."""
+    if quick:
+        return []
+    sizes = [16, 64, 256]
+    bare, *peaks = (_peak_of(f"{m}, MLP(), 8")[0] for m in (2, *sizes))
+    taken = np.array([[p - bare] for p in peaks])
+    return powers("memory against M", "PGD-3 AT, MLP 64-128-128-10, beyond 2 models", "M", sizes, taken)
 
 
 def parameters(quick: bool) -> list[Row]:
@@ -115,16 +158,22 @@ def limits(quick: bool) -> list[Row]:
     """Peak memory of training in a process of its own, as a share of the limit; a limit that is broken fails the run."""
     rows = []
     for what, make, allowed in LIMITS[: 1 if quick else None]:
-        script = f"import sys; sys.path.insert(0, {str(sys.path[0])!r}); import growth; print(growth.peak({make}))"
-        begun = time.perf_counter()
-        told = subprocess.run([sys.executable, "-c", _WITH_MODELS + script], capture_output=True, text=True, check=True)
-        gigabytes = int(told.stdout.split()[-1]) / GIGABYTE
-        note = f"{gigabytes:.2f} GB, {time.perf_counter() - begun:.0f} s"
+        held, seconds = _peak_of(make)
+        gigabytes = held / GIGABYTE
+        note = f"{gigabytes:.2f} GB, {seconds:.0f} s"
         rows.append(judged(
             MEMORY_LIMIT, what, f"{allowed:g} GB", [gigabytes / allowed], target=1.0, at_most=True, note=note,
             unit="share of the limit",
         ))
     return rows
+
+
+def _peak_of(make: str) -> tuple[int, float]:
+    """`peak` of those models in a process of its own, and how many seconds it took."""
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import growth; print(growth.peak({make}))"
+    begun = time.perf_counter()
+    told = subprocess.run([sys.executable, "-c", _WITH_MODELS + script], capture_output=True, text=True, check=True)
+    return int(told.stdout.split()[-1]), time.perf_counter() - begun
 
 
 MEMORY_LIMIT = "memory limit"
@@ -147,4 +196,4 @@ def peak(models: int, spec: Spec, side: int) -> int:
 
 def jobs(quick: bool) -> list[Row]:
     """All rows of this file."""
-    return [*limits(quick), *models(quick), *samples(quick), *parameters(quick), *threads(quick)]
+    return [*limits(quick), *models(quick), *memory(quick), *samples(quick), *parameters(quick), *threads(quick)]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from harness import Row, versus
 from opacus import GradSampleModule
 from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
-from shadow_models import torch_model
+from shadow_models import twin_of
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -43,21 +43,7 @@ class Case:
 
     def twin(self, spec) -> nn.Module:
         """torch's own layers with our weights."""
-        twin = torch_model(spec, self.shape)
-        ours = {name: p.detach()[0] for name, p in self.net.named_parameters()}
-        layers = [m for m in twin.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.GroupNorm))]
-        order = {"conv": [], "norm": [], "lin": []}
-        for name in dict.fromkeys(n.rsplit(".", 1)[0] for n in ours):
-            w = ours[f"{name}.weight"]
-            order["conv" if w.ndim == 4 else "norm" if w.ndim == 1 else "lin"].append(name)
-        for layer in layers:
-            kind = {nn.Conv2d: "conv", nn.GroupNorm: "norm", nn.Linear: "lin"}[type(layer)]
-            name = order[kind].pop(0)
-            weight = ours[f"{name}.weight"]
-            with torch.no_grad():
-                layer.weight.copy_(weight.T if kind == "lin" else weight)
-                layer.bias.copy_(ours[f"{name}.bias"])
-        return twin
+        return twin_of(self.net, spec, self.shape)
 
 
 def _noised(sums: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -113,7 +113,7 @@ class State:
             x = job.recipe.augment(x, rng=Streams(job.seeds, "augment", t, **streams))
         whole = {"counts": mechanism.counted(batch).flatten()} if getattr(objective, "shifts_weights", False) else {}
         self.consistent = not whole  # an interruption must not keep weights that were moved for a moment
-        with self.net.recording(mechanism.per_sample):
+        with torch.enable_grad(), self.net.recording(mechanism.per_sample):  # whatever the caller's mode is
             seen = objective(self.net, x, y, flat, rng=Streams(job.seeds, "attack", t, **streams), **whole)
             try:
                 return seen, mechanism.update(self.net, seen, batch)

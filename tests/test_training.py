@@ -76,6 +76,14 @@ def test_chunks_and_workers_change_nothing(tiny, monkeypatch):
     assert distance(found[0], found[1]) < 1e-8 and distance(found[0], found[2]) < 1e-8
 
 
+@pytest.mark.parametrize("chunk", [2, None])
+def test_training_inside_no_grad(tiny, chunk):
+    right = train(tiny, MEMBERS, RECIPES["plain"], seeds=SEEDS, chunk=chunk)
+    with torch.no_grad():
+        found = train(tiny, MEMBERS, RECIPES["plain"], seeds=SEEDS, chunk=chunk)
+    assert all(torch.equal(found.parameters[name], p) for name, p in right.parameters.items())
+
+
 def test_the_probed_chunk_size_is_used_and_harmless(tiny):
     probed = train(tiny, MEMBERS, recipe(), seeds=SEEDS, dtype=torch.float64)
     assert distance(probed, train(tiny, MEMBERS, recipe(), seeds=SEEDS, dtype=torch.float64, chunk=2)) < 1e-8
