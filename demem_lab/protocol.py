@@ -41,7 +41,7 @@ from demem_lab.streams import key, model_seeds
 from demem_lab.training import Ensemble, Recipe
 from demem_lab.validate import choice, finite, integer
 
-MODULES = (*training.MODULES, "queries", "protocol")
+MODULES = (*training.MODULES, "queries", "protocol", "accounting")  # what is promised is kept with the numbers
 OBJECTIVES = ("natural", "pgd-at", "trades", "awp", "trades-awp")
 
 
