@@ -72,7 +72,7 @@ def lira(
             if m.count.min() < needed and (online or name == "out"):
                 raise ValueError(
                     f"variance={variance!r} needs {needed} {name}-references for every sample and target, got "
-                    f"{int(m.count.min())}; train at least {4 * needed + 2} models in complementary halves"
+                    f"{int(m.count.min())}; train at least {2 * needed + 2} models in complementary halves"
                 )
         v_in, v_out = _variances(inside, variance), _variances(outside, variance)
         if variance != "per_sample" and (inside.degrees == 0 or outside.degrees == 0):
