@@ -7,11 +7,14 @@ os.environ.setdefault("DEMEM_STORE", tempfile.mkdtemp(prefix="demem-tests-"))
 
 import pytest
 import torch
+from hypothesis import settings
 
 from demem_lab import data
 from demem_lab.store import Store
 
 torch.set_num_threads(1)
+settings.register_profile("unhurried", deadline=None)  # an example that is slow on a busy machine is no failure
+settings.load_profile("unhurried")
 
 
 @pytest.fixture

@@ -245,6 +245,24 @@ def test_what_a_protected_sample_shows_does_not_reach_awps_move(task, protected)
     assert all(torch.allclose(a, b) for a, b in zip(*places, strict=True)) == protected
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_awp_puts_the_weights_back_when_the_losses_fail_at_the_moved_ones(task, monkeypatch, error):
+    net, x, y, index = task
+    before, seen, losses = [p.detach().clone() for p in net.parameters()], [], PGDAT.losses
+
+    def fails_the_second_time(self, *arguments):
+        seen.append([p.detach().clone() for p in net.parameters()])
+        if len(seen) == 2:
+            raise error("planted")
+        return losses(self, *arguments)
+
+    monkeypatch.setattr(PGDAT, "losses", fails_the_second_time)
+    with pytest.raises(error, match="planted"):
+        AWP(PGDAT(PGD(0.1, 3)), 0.05)(net, x, y, index, rng=rng())
+    assert any(not torch.equal(moved, old) for moved, old in zip(seen[1], before, strict=True))
+    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+
+
 def test_awp_goes_around_a_single_objective():
     with pytest.raises(ValueError, match="AWP goes around"):
         AWP(AWP(Natural()))
