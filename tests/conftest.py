@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from dataclasses import replace
 
 os.environ.setdefault("DEMEM_STORE", tempfile.mkdtemp(prefix="demem-tests-"))
 
@@ -20,6 +21,15 @@ settings.load_profile("unhurried")
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """An experiment of seconds, with a store that the tests of one file share."""
+    from demem_lab.experiment import profile
+
+    small = profile("smoke").experiment(subset=120, epochs=2, progress=False)
+    return replace(small, store=Store(tmp_path_factory.mktemp("store")))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from dp_accounting.rdp import RdpAccountant
 from demem_lab import controls, panels_privacy, training, views_privacy, words_privacy
 from demem_lab.accounting import NoGuarantee, budget
 from demem_lab.comparison import compare
-from demem_lab.experiment import profile
 from demem_lab.mechanisms import DPSGD, Drop
 from demem_lab.panels_privacy import BudgetPanel, DeMemPanel
 from demem_lab.store import Store
@@ -57,12 +56,6 @@ POINTS, PLAIN = [point(s) for s in (0.0, 0.5, 1.0, 3.0)], point(9.0)
 def budget_panel(monkeypatch):
     monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("the Budget panel must not train"))
     return BudgetPanel(POINTS, PLAIN, batch_size=64, sampling_rate=RATE, steps=STEPS, delta=DELTA)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    small = profile("smoke").experiment(subset=120, epochs=2, progress=False)
-    return replace(small, store=Store(tmp_path_factory.mktemp("store")))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from demem_lab import risk
 from demem_lab.comparison import measure
-from demem_lab.experiment import profile
 from demem_lab.live import Watch
 from demem_lab.mechanisms import DPSGD, SelectiveDP
 from demem_lab.signals import confidence
@@ -18,12 +17,6 @@ from demem_lab.store import Store
 from demem_lab.sweep import COLUMNS, Plane, onion, recommend, sweep, train_point
 
 NOISES, FRACTIONS = (0.0, 2.0), (0.0, 0.2, 1.0)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    small = profile("smoke").experiment(subset=120, epochs=2, progress=False)
-    return replace(small, store=Store(tmp_path_factory.mktemp("store")))
 
 
 @pytest.fixture(scope="module")
