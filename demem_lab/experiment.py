@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from demem_lab import data, queries, risk, training
+from demem_lab import data, farm, queries, risk, training
 from demem_lab.attacks import PGD, margin
 from demem_lab.data import Dataset
 from demem_lab.live import Watch
@@ -137,7 +137,7 @@ class Experiment:
     def _config(self, recipe: Recipe, members, seeds: Sequence[int], trace: bool = False) -> dict:
         return {
             "data": self.dataset.fingerprint, "recipe": recipe, "members": members, "seeds": tuple(seeds),
-            "query": self.query, "trace": trace, "delta": self.delta, "device": training.farm.device(self.device).type,
+            "query": self.query, "trace": trace, "delta": self.delta, "device": farm.device(self.device).type,
         }
 
     def _query(self, label: str, recipe: Recipe, members, seeds: Sequence[int], trace: bool = False):
@@ -291,12 +291,10 @@ class Profile:
         loaded = data.load(chosen.dataset, root=data_root or None, download=download, subset=chosen.subset or None)
         spec = MLP((self.width, self.width)) if chosen.model == "mlp" else by_name(chosen.model)
         quiet = os.environ.get("DEMEM_HEADLESS") == "1"
-        if device == "auto" and loaded.name == "digits":
-            device = "cpu"  # a step on 8x8 images takes less time than telling a GPU to do it
         return Experiment(
             dataset=loaded, model=spec, eps=eps or loaded.eps, epochs=chosen.epochs,
             batch_size=min(self.batch_size, loaded.n // 4), lr=self.lr, models=chosen.models,
-            seeds=tuple(range(chosen.seeds)), tuning_models=chosen.tuning_models, device=device,
+            seeds=tuple(range(chosen.seeds)), tuning_models=chosen.tuning_models, device=farm.suited(device, loaded.name),
             progress=not quiet if progress is None else progress,
         )
 

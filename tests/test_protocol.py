@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from demem_lab import data, protocol, queries, risk, training
+from demem_lab import data, farm, protocol, queries, risk, training
 from demem_lab.attacks import PGD
 from demem_lab.augment import CropFlip
 from demem_lab.mechanisms import DPSGD, SelectiveDP
@@ -250,6 +250,31 @@ def test_kept_results_say_where_they_come_from():
         assert name == name.lower() and results.provenance["commit"] != "unknown"
         assert set(results.arms) == set(results.guarantees) and "none" in results.arms
         assert {len(v) for arm in results.arms.values() for v in arm.values()} == {results.protocol["models"]}
+
+
+@pytest.mark.parametrize(("name", "asked", "wanted"), [
+    ("digits", "auto", "cpu"), ("digits", "cuda", "cuda"), ("fashion_mnist", "auto", "cuda"), ("fashion_mnist", "cpu", "cpu"),
+])
+def test_digits_stay_on_the_cpu_and_everything_else_follows_the_gpu(store, monkeypatch, name, asked, wanted):
+    class Told(Exception):
+        pass
+
+    def told(*_, device, **__):
+        raise Told(farm.device(device).type)
+
+    images = replace(data.load("digits", subset=240), name=name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(data, "load", lambda *_, **__: images)
+    monkeypatch.setattr(protocol, "resolve", lambda precision, on: Precision.FLOAT32)  # asks the GPU what it can do
+    monkeypatch.setattr(training, "train", told)
+    setting = {"store": store, "device": asked, "progress": False}
+    with pytest.raises(Told, match=f"^{wanted}$"):
+        protocol.risk_score(SMALL, images, store=store, device=asked)
+    monkeypatch.setattr(protocol, "risk_score", lambda *_, **__: np.arange(240.0))
+    with pytest.raises(Told, match=f"^{wanted}$"):
+        run(SMALL, arms=("none",), **setting)
+    with pytest.raises(Told, match=f"^{wanted}$"):
+        protocol.tune(SMALL, "none", (0.1,), **setting)
 
 
 def test_an_executor_gives_the_same_results(tmp_path):
