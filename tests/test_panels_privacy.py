@@ -194,6 +194,18 @@ def test_the_frontier_has_every_arm_with_its_interval_and_every_trained_point(la
     assert len({(t.marker.color, t.marker.symbol) for t in (seen[a] for a in report.arms)}) == len(report.arms)
 
 
+def test_the_words_tell_what_was_trained_from_what_is_nearest(plane):
+    for _, chosen in plane.points.iterrows():
+        for threshold in (np.inf, 0.1, 0.03, 0.0, -np.inf, chosen["risk_threshold"]):
+            for noise in (chosen["noise_multiplier"], chosen["noise_multiplier"] + 0.3):
+                said = words_privacy.demem_words(plane, chosen, noise_multiplier=noise, risk_threshold=threshold)
+                exact = (plane.scores >= threshold).sum() == chosen["protected"]
+                assert ("nearest trained set: the" in said, "; trained: the" in said) == (not exact, exact)
+                elsewhere = noise != chosen["noise_multiplier"] and chosen["protected"] > 0
+                point = f"the nearest trained point is <b>{chosen['noise_multiplier']:.3g}</b>"
+                assert (point in said, "nearest trained point" in said) == (elsewhere, elsewhere)
+
+
 def test_the_next_layer_counts_who_surfaced_and_its_control(plane):
     for _, chosen in plane.points.iterrows():
         found = next_layer(plane, chosen, risk_threshold=0.05)
