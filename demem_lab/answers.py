@@ -17,10 +17,10 @@ from torch import Tensor
 
 from demem_lab import risk
 from demem_lab.attacks import FGSM, PGD, check_query, frozen
-from demem_lab.experiment import Run
 from demem_lab.leakage import Interval, evaluate, proportion, roc
 from demem_lab.membership import by_class, lira, rmia
 from demem_lab.signals import SIGNALS, confidence, logit_margin
+from demem_lab.tables import Run
 from demem_lab.validate import choice, finite
 
 BINS = 40

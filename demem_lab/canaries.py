@@ -23,7 +23,7 @@ from torch import Tensor
 from demem_lab.empirical import LowerBound, clopper_pearson_bound, one_run_bound
 from demem_lab.layers import Linear
 from demem_lab.mechanisms import Batch, Guarantee, Mechanism
-from demem_lab.models import Network
+from demem_lab.networks import Network
 from demem_lab.objectives import PerSample
 from demem_lab.sampling import Poisson
 from demem_lab.streams import Streams, key, model_seeds

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from demem_lab.experiment import Run
 from demem_lab.leakage import Interval, evaluate, seed_interval
+from demem_lab.tables import Run
 
 Groups = Callable[[int], Mapping[str, np.ndarray]]  # seed -> {name: bool [N]}
 MIN_FALSE_POSITIVES = 5

@@ -17,24 +17,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import torch
 
-from demem_lab import data, queries, risk, training
+from demem_lab import data, farm, queries, risk, training
 from demem_lab.attacks import PGD, margin
 from demem_lab.data import Dataset
 from demem_lab.live import Watch
-from demem_lab.mechanisms import DPSGD, Guarantee, Mechanism, Plain
-from demem_lab.membership import lira
+from demem_lab.mechanisms import DPSGD, Mechanism, Plain
 from demem_lab.models import MLP, Spec, by_name
 from demem_lab.objectives import PGDAT, Objective
 from demem_lab.optimizers import SGD
 from demem_lab.sampling import Poisson
-from demem_lab.signals import confidence, logit_margin
+from demem_lab.signals import confidence
 from demem_lab.store import Store
 from demem_lab.streams import key, model_seeds
+from demem_lab.tables import Run
 from demem_lab.training import Recipe
 from demem_lab.validate import choice, integer
 
@@ -42,52 +42,6 @@ Flags = torch.Tensor  # bool [N]
 PLAIN_RATES = (0.03, 0.1, 0.3)
 CLIP_RATES = (0.5, 1.0, 2.0, 4.0)  # a clipped gradient is short, so the steps may be long
 MODULES = (*training.MODULES, "queries", "experiment")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One arm at one seed: the tables that all measuring reads."""
-
-    name: str
-    seed: int
-    y: np.ndarray  # int64 [N]
-    members: np.ndarray  # bool [M, N]
-    clean: np.ndarray  # logits [M, N, K]
-    adversarial: np.ndarray  # logits [M, N, K] on each model's own adversarial examples
-    robust: np.ndarray  # bool [M, N] right as it is and under every attack tried (point-wise worst case)
-    guarantee: Guarantee
-    steps: int
-    sampling_rate: float
-    flagged: np.ndarray | None = None  # bool [N] who was treated
-    trace: np.ndarray | None = None  # [M, epochs, N]
-    gradient_norms: np.ndarray | None = None  # [M, N] on adversarial examples, kept with the trace
-    fresh: bool = True  # False when it came from the store
-
-    @property
-    def models(self) -> int:
-        """M."""
-        return len(self.members)
-
-    def part(self, rows: slice) -> Run:
-        """Some of the models, as a run of its own."""
-        return replace(
-            self, members=self.members[rows], clean=self.clean[rows], adversarial=self.adversarial[rows],
-            robust=self.robust[rows], trace=None if self.trace is None else self.trace[rows],
-        )
-
-    @cached_property
-    def scores(self) -> dict[str, np.ndarray]:
-        """LiRA scores [M, N] for the queries "clean", "adversarial" and "both"."""
-        clean, moved = logit_margin(self.clean, self.y), logit_margin(self.adversarial, self.y)
-        return {
-            "clean": lira(clean, self.members), "adversarial": lira(moved, self.members),
-            "both": lira(np.stack([clean, moved]), self.members),
-        }
-
-    @cached_property
-    def right(self) -> dict[str, np.ndarray]:
-        """bool [M, N]: classified correctly as it is ("clean"), and also under attack ("robust")."""
-        return {"clean": self.clean.argmax(-1) == self.y, "robust": self.robust}
 
 
 @dataclass(frozen=True)
@@ -183,7 +137,7 @@ class Experiment:
     def _config(self, recipe: Recipe, members, seeds: Sequence[int], trace: bool = False) -> dict:
         return {
             "data": self.dataset.fingerprint, "recipe": recipe, "members": members, "seeds": tuple(seeds),
-            "query": self.query, "trace": trace, "delta": self.delta, "device": training.farm.device(self.device).type,
+            "query": self.query, "trace": trace, "delta": self.delta, "device": farm.device(self.device).type,
         }
 
     def _query(self, label: str, recipe: Recipe, members, seeds: Sequence[int], trace: bool = False):
@@ -337,12 +291,10 @@ class Profile:
         loaded = data.load(chosen.dataset, root=data_root or None, download=download, subset=chosen.subset or None)
         spec = MLP((self.width, self.width)) if chosen.model == "mlp" else by_name(chosen.model)
         quiet = os.environ.get("DEMEM_HEADLESS") == "1"
-        if device == "auto" and loaded.name == "digits":
-            device = "cpu"  # a step on 8x8 images takes less time than telling a GPU to do it
         return Experiment(
             dataset=loaded, model=spec, eps=eps or loaded.eps, epochs=chosen.epochs,
             batch_size=min(self.batch_size, loaded.n // 4), lr=self.lr, models=chosen.models,
-            seeds=tuple(range(chosen.seeds)), tuning_models=chosen.tuning_models, device=device,
+            seeds=tuple(range(chosen.seeds)), tuning_models=chosen.tuning_models, device=farm.suited(device, loaded.name),
             progress=not quiet if progress is None else progress,
         )
 

@@ -22,7 +22,7 @@ import torch
 
 from demem_lab.attacks import PGD
 from demem_lab.data import Dataset
-from demem_lab.models import Network
+from demem_lab.networks import Network
 from demem_lab.validate import integer
 
 TELL_SECONDS = 0.5  # a browser that is told of every step does nothing else

@@ -142,8 +142,8 @@ class LossVariance(Mechanism):
     """Mean loss + lam * variance of the adversarial cross-entropies in the batch: DeMem as in the authors' public code.
 
     Unbiased variance (divisor n - 1) over the model's own valid samples; the gradient flows through all of it; fewer
-    than two valid samples add 0. Equivalent to the coefficient 1 + 2 lam n/(n-1) (l_i - mean l) for PGD-AT: hard samples
-    gain, easy ones lose. No formal guarantee. Source: Luo & Li, arXiv 2412.05767.
+    than two valid samples add 0. Equivalent to the coefficient 1 + 2 lam B / (n - 1) (l_i - mean l) for PGD-AT, B the
+    expected batch size: hard samples gain, easy ones lose. No formal guarantee. Source: Luo & Li, arXiv 2412.05767.
     """
 
     lam: Setting = 0.2

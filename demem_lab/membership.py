@@ -73,7 +73,7 @@ def lira(
             if m.count.min() < needed and (online or name == "out"):
                 raise ValueError(
                     f"variance={variance!r} needs {needed} {name}-references for every sample and target, got "
-                    f"{int(m.count.min())}; train at least {4 * needed + 2} models in complementary halves"
+                    f"{int(m.count.min())}; train at least {2 * needed + 2} models in complementary halves"
                 )
         # one reference each: no spread to estimate, and with equal ones its size drops out
         spread = variance == "per_sample" or (inside.free.any() and outside.free.any())

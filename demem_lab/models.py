@@ -17,122 +17,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demem_lab.layers import BatchNorm, Conv, GroupNorm, Layer, Linear
-from demem_lab.streams import Streams
+from demem_lab.layers import BatchNorm, Conv, GroupNorm, Linear
+from demem_lab.networks import Network, Spec, initialised, side_by_side
 from demem_lab.validate import choice, integer
 
 # Initial logits of a convolutional network are kept near 0: from large ones, adversarial training on CIFAR-10 first has to
 # unlearn a confidence that means nothing, and often ends in a constant answer.
 OUT_GAIN = 0.1
-
-
-class Network(nn.Module):
-    """M classifiers of one architecture; `models` is M, `has_batch_norm` says whether samples of a batch interact."""
-
-    def __init__(self, models: int, mean: float, std: float) -> None:
-        super().__init__()
-        self.models, self.mean, self.std = models, mean, std
-        self.half: torch.dtype | None = None  # what the layers compute in, if not in the dtype of their weights
-        self.scale = 1.0  # of the gradients inside the network
-        self.hooks: list = []
-        self.channels_last = False
-
-    def arranged_for(self, device: torch.device | str) -> Network:
-        """Itself, with images laid out as the device wants them: a GPU convolves fastest with channels last."""
-        convolves = any(isinstance(layer, Conv) for layer in self.layers)
-        # several models side by side are one grouped convolution, which has no such kernels
-        self.channels_last = torch.device(device).type == "cuda" and convolves and self.models == 1
-        return self
-
-    def compute_in(self, half: torch.dtype | None, scale: float = 1.0) -> None:
-        """Let the layers compute in a 16-bit `half`, with gradients `scale` times as large inside the network.
-
-        Logits, and gradients of weights and images, come out in float32 and unscaled. None: as the weights are.
-        """
-        self.half, self.scale = half, scale
-        if scale != 1 and not self.hooks:
-            self.hooks = [p.register_hook(lambda g: g / self.scale) for p in self.parameters()]
-
-    def unscaled(self, deltas: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients at outputs inside the network, as they would be without `scale`, in float32 (or float64)."""
-        if self.half is None:
-            return list(deltas)
-        return [delta.float() / self.scale for delta in deltas]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [M*B, C, H, W] in [0, 1] -> logits [M*B, K]."""
-        if x.shape[0] % self.models:
-            raise ValueError(f"{x.shape[0]} rows cannot be shared by {self.models} models; give the same number to each")
-        # normalisation is part of the model, so that attacks and their eps live in pixel units
-        x = _with_slope(x, 1 / self.scale)
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        x = self.normalised(x)
-        with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
-            logits = self.body(x)
-        return logits if self.half is None else _with_slope(logits.float(), self.scale)
-
-    def normalised(self, x: Tensor) -> Tensor:
-        """Pixels as the first layer sees them."""
-        return (x - self.mean) / self.std if (self.mean, self.std) != (0.0, 1.0) else x
-
-    def body(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    @property
-    def layers(self) -> list[Layer]:
-        """All layers with parameters, in a fixed order."""
-        return [layer for layer in self.modules() if isinstance(layer, Layer)]
-
-    @property
-    def has_batch_norm(self) -> bool:
-        return any(isinstance(layer, BatchNorm) for layer in self.layers)
-
-    @contextmanager
-    def recording(self, on: bool = True):
-        """Inside, layers keep their inputs and outputs (`layer.calls`), what per-sample norms are computed from."""
-        before = [layer.calls for layer in self.layers]
-        for layer in self.layers:
-            layer.calls = [] if on else None
-        try:
-            yield self
-        finally:
-            for layer, calls in zip(self.layers, before, strict=True):
-                layer.calls = calls
-
-    def state(self) -> dict[str, Tensor]:
-        """Parameters and running statistics by name, each [M, ...], detached and on the CPU."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
-
-
-class _Slope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:
-        return slope * ctx.factor, None
-
-
-def _with_slope(x: Tensor, factor: float) -> Tensor:
-    """x, whose gradient will be multiplied by `factor` on its way back."""
-    return x if factor == 1 else _Slope.apply(x, factor)
-
-
-class Spec(Protocol):
-    """What describes an architecture before the data are known."""
-
-    def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network: ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +42,7 @@ class MLP:
 
     def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
         """M freshly initialised networks for images of `shape` (C, H, W)."""
-        return _initialised(_Dense(self, models, math.prod(shape), classes), seeds, device)
+        return initialised(_Dense(self, models, math.prod(shape), classes), seeds, device)
 
 
 @dataclass(frozen=True)
@@ -162,7 +59,7 @@ class SmallCNN:
         integer("image height", shape[1], low=8, fix="use the MLP for smaller images")
         if integer("width", self.width, low=4) % 4:
             raise ValueError(f"width must be a multiple of 4, for GroupNorm's four groups, got {self.width}")
-        return _initialised(_Convolutional(self, models, shape, classes), seeds, device)
+        return initialised(_Convolutional(self, models, shape, classes), seeds, device)
 
 
 @dataclass(frozen=True)
@@ -180,7 +77,7 @@ class ResNet18:
 
     def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
         """M freshly initialised networks for images of `shape` (C, H, W)."""
-        return _initialised(_Residual(self, models, shape, classes), seeds, device)
+        return initialised(_Residual(self, models, shape, classes), seeds, device)
 
 
 @dataclass(frozen=True)
@@ -201,7 +98,7 @@ class WideResNet:
         if (integer("depth", self.depth, low=10) - 4) % 6:
             raise ValueError(f"depth must be 6 n + 4, for three groups of n blocks: 10, 16, 22, 28, 34; got {self.depth}")
         integer("widen", self.widen, low=1)
-        return _initialised(_Wide(self, models, shape, classes), seeds, device)
+        return initialised(_Wide(self, models, shape, classes), seeds, device)
 
 
 @dataclass(frozen=True)
@@ -216,7 +113,7 @@ class VGG:
     def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
         """M freshly initialised networks for images of `shape` (C, H, W), H and W at least 8."""
         integer("image height", min(shape[1:]), low=8, fix="use the MLP for smaller images")
-        return _initialised(_Pairs(self, models, shape, classes), seeds, device)
+        return initialised(_Pairs(self, models, shape, classes), seeds, device)
 
 
 class _Dense(Network):
@@ -269,7 +166,7 @@ class _Convolutional(Network):
         self.out = Linear(models, spec.hidden, classes, gain=OUT_GAIN)
 
     def body(self, x: Tensor) -> Tensor:
-        h = _side_by_side(x, self.models)
+        h = side_by_side(x, self.models)
         for conv, norm in zip(self.conv, self.norm, strict=True):
             h = F.relu(norm(conv(h)))
         h = F.avg_pool2d(h, self.pool) if self.pool > 1 else h
@@ -305,7 +202,7 @@ class _Residual(Network):
         self.out = Linear(models, inputs, classes, gain=OUT_GAIN)
 
     def body(self, x: Tensor) -> Tensor:
-        h = F.relu(self.stem_norm(self.stem(_side_by_side(x, self.models))))
+        h = F.relu(self.stem_norm(self.stem(side_by_side(x, self.models))))
         h = self.blocks(h).mean((2, 3))
         return self.out(h.unflatten(1, (self.models, -1)).transpose(0, 1)).flatten(0, 1)
 
@@ -339,7 +236,7 @@ class _Wide(Network):
         self.out = Linear(models, inputs, classes, gain=OUT_GAIN)
 
     def body(self, x: Tensor) -> Tensor:
-        h = F.relu(self.last_norm(self.blocks(self.stem(_side_by_side(x, self.models)))))
+        h = F.relu(self.last_norm(self.blocks(self.stem(side_by_side(x, self.models)))))
         return self.out(h.mean((2, 3)).unflatten(1, (self.models, -1)).transpose(0, 1)).flatten(0, 1)
 
 
@@ -353,7 +250,7 @@ class _Pairs(Network):
         self.out = Linear(models, 4 * w * (shape[1] // 8) * (shape[2] // 8), classes, gain=OUT_GAIN)
 
     def body(self, x: Tensor) -> Tensor:
-        h = _side_by_side(x, self.models)
+        h = side_by_side(x, self.models)
         for number, (conv, norm) in enumerate(zip(self.conv, self.norm, strict=True)):
             h = F.relu(norm(conv(h)))
             h = F.max_pool2d(h, 2) if number % 2 else h
@@ -366,23 +263,6 @@ def _norm(spec):
     if spec.norm == "batch":
         return BatchNorm
     return lambda models, channels: GroupNorm(models, channels, groups=math.gcd(channels, 32))
-
-
-def _side_by_side(x: Tensor, models: int) -> Tensor:
-    """[M*B, C, H, W] -> [B, M*C, H, W]: one grouped convolution then serves all models."""
-    if models == 1:
-        return x
-    return x.unflatten(0, (models, -1)).transpose(0, 1).flatten(1, 2)
-
-
-def _initialised(net: Network, seeds: Sequence[int], device) -> Network:
-    if len(seeds) != net.models:
-        raise ValueError(f"{net.models} models need {net.models} seeds, got {len(seeds)}")
-    # drawn on the CPU whatever the device, so that a model starts from the same weights everywhere
-    streams = Streams(tuple(seeds), "init")
-    for number, layer in enumerate(net.layers):
-        layer.initialise(streams.fork(number))
-    return net.to(device)
 
 
 ARCHITECTURES: dict[str, Spec] = {

@@ -174,10 +174,13 @@ class AWP:
         x_adv = self.inner.move(net, x, y, rng)
         weights = [p for p in net.parameters() if p.ndim > 2]  # [M, ...] of more than one axis a model
         counted = torch.ones_like(y, dtype=torch.bool) if counts is None else counts
+        statistics = [b.clone() for b in net.buffers()]
         with net.recording(False):
             loss = torch.where(counted, self.inner.losses(net, x, x_adv, y, index).loss, 0).sum()
             # a model's gradient is scaled to length gamma * |w| below, so the mean over its rows need not be taken
             slopes = torch.autograd.grad(loss, weights)
+        for buffer, old in zip(net.buffers(), statistics, strict=True):
+            buffer.copy_(old)  # batch normalisation meets the images once, at the moved weights: there a proxy passes first
         before = [w.detach().clone() for w in weights]
 
         def undo() -> None:

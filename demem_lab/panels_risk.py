@@ -20,7 +20,7 @@ from demem_lab.attacks import PGD, check_query, predictions
 from demem_lab.comparison import finest_fpr
 from demem_lab.controls import Panel, number, whole
 from demem_lab.data import Dataset
-from demem_lab.experiment import Run
+from demem_lab.tables import Run
 
 
 class AttackPanel(Panel):

@@ -41,7 +41,7 @@ from demem_lab.streams import key, model_seeds
 from demem_lab.training import Ensemble, Recipe
 from demem_lab.validate import choice, finite, integer
 
-MODULES = (*training.MODULES, "queries", "protocol")
+MODULES = (*training.MODULES, "queries", "protocol", "accounting")  # what is promised is kept with the numbers
 OBJECTIVES = ("natural", "pgd-at", "trades", "awp", "trades-awp")
 
 
@@ -164,7 +164,8 @@ def run(
 ) -> Results:
     """Train and measure arms (all by default); what is in the store is not computed again.
 
-    save: a file that is written anew after each arm. executor: where chunks of models are trained and asked, as in
+    device: "auto" is the CPU for digits, also where a GPU is, and else a GPU where there is one (or the executor's workers'
+    device). save: a file that is written anew after each arm. executor: where chunks of models are trained and asked, as in
     `training.train`; the store must be on a file system that its workers see. Raises ValueError for an unknown arm before
     anything is trained.
     """
@@ -173,6 +174,7 @@ def run(
     for name in arms:
         choice("arm", name, treatments)
     store, dataset = store or Store(), protocol.load(root, download=download)
+    device = farm.suited(device, dataset.name)
     began, seconds = time.time(), 0.0
     score = risk_score(protocol, dataset, store=store, device=device, progress=progress, executor=executor)
     members = data.member_masks(dataset.n, protocol.models, seed=key(protocol.seed, "members") % 2**31)
@@ -196,14 +198,17 @@ def risk_score(
     protocol: Protocol, dataset: Dataset, *, store: Store, device: str = "auto", progress: bool = False,
     executor: Executor | None = None,
 ) -> np.ndarray:
-    """[N] mean adversarial loss of each sample in the first epochs of ONE plain run that trains on everybody."""
+    """[N] mean adversarial loss of each sample in the first epochs of ONE plain run that trains on everybody.
+
+    device and executor as in `run`.
+    """
     epochs = protocol.scoring_epochs
     everybody = torch.ones(1, dataset.n, dtype=torch.bool)
     # shuffled, so that every epoch sees (almost) everybody; nothing is promised to anybody here
     recipe = replace(protocol.recipe(), sampler=Shuffled(protocol.batch_size), epochs=epochs)
     scored = training.train(
-        dataset, everybody, recipe, seeds=(key(protocol.seed, "scoring"),), store=store, trace=True, device=device,
-        progress=progress, label="risk score", executor=executor,
+        dataset, everybody, recipe, seeds=(key(protocol.seed, "scoring"),), store=store, trace=True,
+        device=farm.suited(device, dataset.name), progress=progress, label="risk score", executor=executor,
     )
     return risk.early_loss(scored.trace, epochs=epochs)
 
@@ -212,8 +217,12 @@ def tune(
     protocol: Protocol, name: str, rates: Sequence[float], *, models: int = 2, store: Store | None = None,
     root: str | Path | None = None, device: str = "auto", progress: bool = True,
 ) -> dict[float, float]:
-    """Robust accuracy of non-members under each learning rate, on models of another seed that no result reports."""
+    """Robust accuracy of non-members under each learning rate, on models of another seed that no result reports.
+
+    device as in `run`.
+    """
     store, dataset = store or Store(), protocol.load(root)
+    device = farm.suited(device, dataset.name)
     other = replace(protocol, seed=protocol.seed + 1_000)
     score = risk_score(other, dataset, store=store, device=device, progress=progress)
     members = data.member_masks(dataset.n, models, seed=key(other.seed, "members") % 2**31)

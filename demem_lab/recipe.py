@@ -24,8 +24,8 @@ from demem_lab.sampling import Poisson, Sampler
 from demem_lab.validate import choice, finite, integer, member_mask
 
 MODULES = (
-    "streams", "data", "augment", "precision", "layers", "models", "attacks", "objectives", "mechanisms", "budgets",
-    "remedies", "sampling", "optimizers", "recipe", "state",
+    "streams", "data", "augment", "precision", "layers", "networks", "models", "attacks", "objectives",
+    "mechanisms", "budgets", "remedies", "sampling", "optimizers", "recipe", "state",
 )  # whose source decides what a trained model is
 
 

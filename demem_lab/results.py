@@ -68,9 +68,16 @@ class Results:
         """Read a file that `save` wrote. ValueError when it is something else."""
         try:
             raw = json.loads(Path(path).read_text())
-            return cls(**{f.name: raw[f.name] for f in fields(cls)})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a results file of this package ({error!r}); write one with Results.save") from None
+            found = cls(**{f.name: raw[f.name] for f in fields(cls)})
+            values = [v for arm in found.arms.values() for column in arm.values() for v in column]
+            if not all(isinstance(v, (int, float)) for v in values) or set(found.arms) != set(found.guarantees):
+                raise TypeError("an arm lacks numbers or its guarantee")
+            if not isinstance(found.protocol, dict) or not isinstance(found.provenance, dict):
+                raise TypeError("the protocol or the provenance is missing")
+            return found
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # bytes that are no text are a ValueError, too
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is not a results file of this package ({why}); write one with Results.save") from None
 
 
 def kept() -> dict[str, Results]:

@@ -20,11 +20,12 @@ import torch
 
 from demem_lab import risk
 from demem_lab.comparison import compare, finest_fpr, measure
-from demem_lab.experiment import Experiment, Run
+from demem_lab.experiment import Experiment
 from demem_lab.leakage import Interval, seed_interval
 from demem_lab.mechanisms import DPSGD, SelectiveDP
 from demem_lab.signals import confidence
 from demem_lab.streams import model_seeds
+from demem_lab.tables import Run
 from demem_lab.validate import finite, integer
 
 COLUMNS = {  # column of the plane <- (group, metric)

@@ -31,7 +31,7 @@ from demem_lab.chunks import CHECKPOINT_SECONDS, Room, Task, chunk_size, train_c
 from demem_lab.data import Dataset, Deposited
 from demem_lab.live import Watch
 from demem_lab.mechanisms import Guarantee
-from demem_lab.models import Network
+from demem_lab.networks import Network
 from demem_lab.precision import Precision, resolve
 from demem_lab.recipe import MODULES, Job, Recipe, check
 from demem_lab.sampling import Poisson

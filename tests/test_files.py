@@ -12,20 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_outputs import single
 
 from demem_lab import files
 from demem_lab.files import read, write
 from demem_lab.outputs import outputs_from_arrays
-
-
-def single(n=30, m=20, k=3, seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "member_logits": rng.normal(size=(n, k)),
-        "member_labels": rng.integers(0, k, n),
-        "nonmember_logits": rng.normal(size=(m, k)),
-        "nonmember_labels": rng.integers(0, k, m),
-    }
 
 
 @given(st.integers(0, 1000), st.sampled_from([".npz", ".safetensors", "folder", ".csv"]), st.booleans())

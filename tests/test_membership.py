@@ -1,5 +1,7 @@
 """Attacks against slow loops, measures against scikit-learn and scipy, and the game itself on signals that carry nothing."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -185,6 +187,16 @@ def test_rmia_equals_all_pairs_on_awkward_confidences(kind):
     assert np.allclose(fast, slow)
 
 
+def test_rmia_of_confidences_that_are_0_reaches_its_equals():
+    """0 / 0 is a ratio like any other tie: whoever is at 0 reaches all others at 0, and nobody else."""
+    member = member_masks(12, 6, seed=2).numpy()
+    p = np.random.default_rng(1).random(member.shape)
+    p[0, :5] = 0.0
+    population = np.arange(12) % 4 > 0
+    found = mi.rmia(p, member, population=population)
+    assert np.allclose(found[0, :5], population[:5].sum() / population.sum()) and (found[0, 5:] > found[0, 0]).all()
+
+
 def test_rmia_without_a_population_orders_alike():
     signal, member = game(models=6, n=40)
     p = 1 / (1 + np.exp(-signal))
@@ -318,6 +330,16 @@ def test_intervals_within_a_model_and_between_seeds():
     between = lk.seed_interval(values)
     assert (between.low, between.high) == pytest.approx(stats.t.interval(0.95, 2, np.mean(values), stats.sem(values)))
     assert lk.seed_interval([0.5]).low is None
+
+
+@pytest.mark.parametrize("variance", ["shrunk", "pooled", "per_sample"])
+def test_as_many_models_as_the_message_asks_for_are_enough_and_fewer_are_not(variance):
+    with pytest.raises(ValueError) as error:
+        mi.lira(*game(2, 60), variance=variance)
+    wanted = int(re.search(r"train at least (\d+) models", str(error.value))[1])
+    assert np.isfinite(mi.lira(*game(wanted, 60), variance=variance)).all()
+    with pytest.raises(ValueError, match="references for every sample"):
+        mi.lira(*game(wanted - 2, 60), variance=variance)
 
 
 @pytest.mark.parametrize(("call", "words"), [

@@ -6,7 +6,7 @@ from demem_lab.accounting import budget
 from demem_lab.attacks import NFGSM, PGD, RSFGSM
 from demem_lab.data import member_masks
 from demem_lab.mechanisms import DPSGD, DownWeight, Drop, LossVariance, Plain, SelectiveDP
-from demem_lab.models import MLP
+from demem_lab.models import MLP, ResNet18
 from demem_lab.objectives import AWP, MART, PGDAT, TRADES, Natural
 from demem_lab.remedies import ClassVariance, GradedRelease, RelaxLoss
 from demem_lab.sampling import Poisson
@@ -243,6 +243,39 @@ def test_what_a_protected_sample_shows_does_not_reach_awps_move(task, protected)
         places.append([p.detach().clone() for p in net.parameters()])
         seen.undo()
     assert all(torch.allclose(a, b) for a, b in zip(*places, strict=True)) == protected
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_awp_puts_the_weights_back_when_the_losses_fail_at_the_moved_ones(task, monkeypatch, error):
+    net, x, y, index = task
+    before, seen, losses = [p.detach().clone() for p in net.parameters()], [], PGDAT.losses
+
+    def fails_the_second_time(self, *arguments):
+        seen.append([p.detach().clone() for p in net.parameters()])
+        if len(seen) == 2:
+            raise error("planted")
+        return losses(self, *arguments)
+
+    monkeypatch.setattr(PGDAT, "losses", fails_the_second_time)
+    with pytest.raises(error, match="planted"):
+        AWP(PGDAT(PGD(0.1, 3)), 0.05)(net, x, y, index, rng=rng())
+    assert any(not torch.equal(moved, old) for moved, old in zip(seen[1], before, strict=True))
+    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("inner", [Natural(), TRADES(PGD(0.1, 2))], ids=lambda o: type(o).__name__)
+def test_running_statistics_meet_the_images_once_at_awps_weights(inner):
+    net = ResNet18(width=4, norm="batch").build(models=1, shape=(1, 8, 8), classes=3, seeds=(0,)).double()
+    x, y, index = torch.rand(6, 1, 8, 8, dtype=torch.float64), torch.arange(6) % 3, torch.arange(6)
+    stream, before = Streams((3,), "attack", 7), [b.clone() for b in net.buffers()]
+    x_adv = inner.move(net, x, y, stream)
+    AWP(inner, 0.05)(net, x, y, index, rng=stream)
+    found = [b.clone() for b in net.buffers()]
+    for b, old in zip(net.buffers(), before, strict=True):
+        b.copy_(old)
+    inner.losses(net, x, x_adv, y, index)  # the weights have not been put back
+    assert all(torch.allclose(a, b) for a, b in zip(found, net.buffers(), strict=True))
+    assert any(not torch.allclose(a, b) for a, b in zip(found, before, strict=True))
 
 
 def test_awp_goes_around_a_single_objective():

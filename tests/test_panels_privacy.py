@@ -13,7 +13,6 @@ from dp_accounting.rdp import RdpAccountant
 from demem_lab import controls, panels_privacy, training, views_privacy, words_privacy
 from demem_lab.accounting import NoGuarantee, budget
 from demem_lab.comparison import compare
-from demem_lab.experiment import profile
 from demem_lab.mechanisms import DPSGD, Drop
 from demem_lab.panels_privacy import BudgetPanel, DeMemPanel
 from demem_lab.store import Store
@@ -57,12 +56,6 @@ POINTS, PLAIN = [point(s) for s in (0.0, 0.5, 1.0, 3.0)], point(9.0)
 def budget_panel(monkeypatch):
     monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("the Budget panel must not train"))
     return BudgetPanel(POINTS, PLAIN, batch_size=64, sampling_rate=RATE, steps=STEPS, delta=DELTA)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    small = profile("smoke").experiment(subset=120, epochs=2, progress=False)
-    return replace(small, store=Store(tmp_path_factory.mktemp("store")))
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +192,18 @@ def test_the_frontier_has_every_arm_with_its_interval_and_every_trained_point(la
         assert seen[name].error_x.arrayminus[0] == pytest.approx(100 * (across.mean - max(0, across.low)))
     assert list(seen["plane, one seed"].x) == pytest.approx([100 * v for v in plane.points["robust"]])
     assert len({(t.marker.color, t.marker.symbol) for t in (seen[a] for a in report.arms)}) == len(report.arms)
+
+
+def test_the_words_tell_what_was_trained_from_what_is_nearest(plane):
+    for _, chosen in plane.points.iterrows():
+        for threshold in (np.inf, 0.1, 0.03, 0.0, -np.inf, chosen["risk_threshold"]):
+            for noise in (chosen["noise_multiplier"], chosen["noise_multiplier"] + 0.3):
+                said = words_privacy.demem_words(plane, chosen, noise_multiplier=noise, risk_threshold=threshold)
+                exact = (plane.scores >= threshold).sum() == chosen["protected"]
+                assert ("nearest trained set: the" in said, "; trained: the" in said) == (not exact, exact)
+                elsewhere = noise != chosen["noise_multiplier"] and chosen["protected"] > 0
+                point = f"the nearest trained point is <b>{chosen['noise_multiplier']:.3g}</b>"
+                assert (point in said, "nearest trained point" in said) == (elsewhere, elsewhere)
 
 
 def test_the_next_layer_counts_who_surfaced_and_its_control(plane):

@@ -189,6 +189,8 @@ def test_gallery_follows_score_threshold_and_sample(dataset, runs, monkeypatch):
     assert len(count) == 2 and panel.sample.value == np.argsort(-cheap["loss"])[4]
     panel.sample.value = 77
     assert len(count) == 3 and panel.rank.value == 1 + (cheap["loss"] > cheap["loss"][77]).sum()
+    place = 1 + (cheap["loss"] > cheap["loss"][77]).sum()
+    assert f"Sample 77 , label {dataset.classes[run.y[77]]} , rank {place}," in text(panel)
     panel.share.value = 25.0
     above = set(trace(panel, "at or above").customdata[:, 0].astype(int))
     assert above == set(np.argsort(-cheap["loss"])[:30]) and "30 of 120" in text(panel)

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from demem_lab import data, protocol, queries, risk, training
+from demem_lab import data, farm, protocol, queries, risk, training
 from demem_lab.attacks import PGD
 from demem_lab.augment import CropFlip
 from demem_lab.mechanisms import DPSGD, SelectiveDP
@@ -131,11 +132,55 @@ def test_a_results_file_comes_back_and_says_where_it_came_from(done):
     assert (table["RMIA: found at 0.1 %"] == "not resolved").all() and "±" in table["clean accuracy"].iloc[0]
 
 
-@pytest.mark.parametrize("content", ["not json", "{}", json.dumps({"arms": {}}), "[]"])
+def whole(**changes):
+    values = {"protocol": {}, "arms": {"none": {"AUC": [0.5]}}, "guarantees": {"none": ""}, "provenance": {}} | changes
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize("content", [
+    "not json", "{}", json.dumps({"arms": {}}), "[]", whole()[:40], whole()[:40] + "\x00\xff", whole(arms=[1]), whole(protocol=1),
+    whole(arms={"none": {"AUC": 0.5}}), whole(arms={"none": {"AUC": ["0.5"]}}), whole(guarantees={}),
+])
 def test_another_file_is_refused_in_one_sentence(tmp_path, content):
-    (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ValueError, match="is not a results file of this package"):
+    (tmp_path / "x.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match="x.json is not a results file of this package"):
         Results.load(tmp_path / "x.json")
+
+
+def test_a_damaged_file_among_those_that_come_with_the_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    for name in ("first", "second"):
+        (tmp_path / "kept" / f"{name}.json").write_text(whole())
+    monkeypatch.setattr("demem_lab.results.__file__", str(tmp_path / "results.py"))
+    assert list(kept()) == ["first", "second"] and kept()["first"].arms == {"none": {"AUC": [0.5]}}
+    (tmp_path / "kept" / "second.json").write_text(whole()[:50])
+    with pytest.raises(ValueError, match="second.json is not a results file of this package"):
+        kept()
+
+
+@pytest.mark.parametrize("when", ["while the second arm trains", "while its file is written"])
+def test_a_run_that_is_killed_leaves_the_file_of_the_arms_before(done, tmp_path, monkeypatch, when):
+    results, store, _ = done
+    file, tables, write = tmp_path / "r.json", protocol._tables, Path.write_text
+
+    def second_arm_fails(*arguments):
+        if arguments[5] == "drop":
+            raise KeyboardInterrupt
+        return tables(*arguments)
+
+    def half(path, text):
+        if '"drop": {' in text:
+            write(path, text[: len(text) // 2])
+            raise KeyboardInterrupt
+        return write(path, text)
+
+    if when == "while the second arm trains":
+        monkeypatch.setattr(protocol, "_tables", second_arm_fails)
+    else:
+        monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        run(SMALL, arms=("none", "drop"), store=store, progress=False, save=file)
+    assert Results.load(file).arms == {"none": results.arms["none"]}
 
 
 def test_tuning_uses_other_models_and_another_score(store):
@@ -205,6 +250,31 @@ def test_kept_results_say_where_they_come_from():
         assert name == name.lower() and results.provenance["commit"] != "unknown"
         assert set(results.arms) == set(results.guarantees) and "none" in results.arms
         assert {len(v) for arm in results.arms.values() for v in arm.values()} == {results.protocol["models"]}
+
+
+@pytest.mark.parametrize(("name", "asked", "wanted"), [
+    ("digits", "auto", "cpu"), ("digits", "cuda", "cuda"), ("fashion_mnist", "auto", "cuda"), ("fashion_mnist", "cpu", "cpu"),
+])
+def test_digits_stay_on_the_cpu_and_everything_else_follows_the_gpu(store, monkeypatch, name, asked, wanted):
+    class Told(Exception):
+        pass
+
+    def told(*_, device, **__):
+        raise Told(farm.device(device).type)
+
+    images = replace(data.load("digits", subset=240), name=name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(data, "load", lambda *_, **__: images)
+    monkeypatch.setattr(protocol, "resolve", lambda precision, on: Precision.FLOAT32)  # asks the GPU what it can do
+    monkeypatch.setattr(training, "train", told)
+    setting = {"store": store, "device": asked, "progress": False}
+    with pytest.raises(Told, match=f"^{wanted}$"):
+        protocol.risk_score(SMALL, images, store=store, device=asked)
+    monkeypatch.setattr(protocol, "risk_score", lambda *_, **__: np.arange(240.0))
+    with pytest.raises(Told, match=f"^{wanted}$"):
+        run(SMALL, arms=("none",), **setting)
+    with pytest.raises(Told, match=f"^{wanted}$"):
+        protocol.tune(SMALL, "none", (0.1,), **setting)
 
 
 def test_an_executor_gives_the_same_results(tmp_path):

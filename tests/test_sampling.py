@@ -32,6 +32,13 @@ def test_poisson_inclusion_is_an_independent_coin_for_members_only():
         assert abs(sizes.var() / (20 * 0.25 * 0.75) - 1) < 0.4  # independent coins, not batches of fixed size
 
 
+@pytest.mark.parametrize("sampler", [Poisson(5), Shuffled(4)])
+def test_every_step_of_every_epoch_has_a_draw_of_its_own(sampler):
+    found = draws(sampler, member_masks(40, 2, seed=0), (1, 2), 0.25, 15)  # three epochs
+    for m in range(2):
+        assert len({frozenset(step[m]) for step in found}) == 15
+
+
 def test_a_models_draw_does_not_depend_on_its_neighbours():
     members = member_masks(40, 6, seed=1)
     seeds = tuple(range(6))

@@ -5,12 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from demem_lab import risk
 from demem_lab.comparison import measure
-from demem_lab.experiment import profile
 from demem_lab.live import Watch
 from demem_lab.mechanisms import DPSGD, SelectiveDP
 from demem_lab.signals import confidence
@@ -18,12 +17,6 @@ from demem_lab.store import Store
 from demem_lab.sweep import COLUMNS, Plane, onion, recommend, sweep, train_point
 
 NOISES, FRACTIONS = (0.0, 2.0), (0.0, 0.2, 1.0)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    small = profile("smoke").experiment(subset=120, epochs=2, progress=False)
-    return replace(small, store=Store(tmp_path_factory.mktemp("store")))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +113,12 @@ def test_infinite_thresholds_are_nobody_and_everybody(plane):
     assert (everybody["fraction"], everybody["noise_multiplier"]) == (1, 2)
 
 
-@given(st.floats(0, 5), st.floats(-1, 3), st.lists(st.tuples(st.floats(0, 5), st.integers(1, 99)), max_size=3))
+extras = st.tuples(st.floats(0, 5) | st.sampled_from([0.5, 1.0, 3.0]), st.integers(1, 99) | st.sampled_from([5, 30]))
+
+
+@given(st.floats(0, 5), st.floats(-1, 3), st.lists(extras, max_size=3))
+@example(1.5, 1.85, [(1.4, 5)])  # as near in people as the column that the sweep has
+@example(1.5, 1.85, [(2.0, 6)])  # as near in noise
 def test_an_added_point_is_taken_where_it_is_at_least_as_near_in_both(noise, threshold, extra):
     made = made_plane()
     new = pd.DataFrame([(s, c / 100, c, True) for s, c in extra], columns=made.points.columns).astype(made.points.dtypes)

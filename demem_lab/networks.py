@@ -1,0 +1,136 @@
+"""What all architectures share: M networks at once, pixels in and logits out.
+
+A `Network` normalises its images, computes in 16 bits where it is told to, and lets its layers record what per-sample
+gradient norms are made of. Architectures are in `models`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from demem_lab.layers import BatchNorm, Conv, Layer
+from demem_lab.streams import Streams
+
+
+class Network(nn.Module):
+    """M classifiers of one architecture; `models` is M, `has_batch_norm` says whether samples of a batch interact."""
+
+    def __init__(self, models: int, mean: float, std: float) -> None:
+        super().__init__()
+        self.models, self.mean, self.std = models, mean, std
+        self.half: torch.dtype | None = None  # what the layers compute in, if not in the dtype of their weights
+        self.scale = 1.0  # of the gradients inside the network
+        self.hooks: list = []
+        self.channels_last = False
+
+    def arranged_for(self, device: torch.device | str) -> Network:
+        """Itself, with images laid out as the device wants them: a GPU convolves fastest with channels last."""
+        convolves = any(isinstance(layer, Conv) for layer in self.layers)
+        # several models side by side are one grouped convolution, which has no such kernels
+        self.channels_last = torch.device(device).type == "cuda" and convolves and self.models == 1
+        return self
+
+    def compute_in(self, half: torch.dtype | None, scale: float = 1.0) -> None:
+        """Let the layers compute in a 16-bit `half`, with gradients `scale` times as large inside the network.
+
+        Logits, and gradients of weights and images, come out in float32 and unscaled. None: as the weights are.
+        """
+        self.half, self.scale = half, scale
+        if scale != 1 and not self.hooks:
+            self.hooks = [p.register_hook(lambda g: g / self.scale) for p in self.parameters()]
+
+    def unscaled(self, deltas: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients at outputs inside the network, as they would be without `scale`, in float32 (or float64)."""
+        if self.half is None:
+            return list(deltas)
+        return [delta.float() / self.scale for delta in deltas]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [M*B, C, H, W] in [0, 1] -> logits [M*B, K]."""
+        if x.shape[0] % self.models:
+            raise ValueError(f"{x.shape[0]} rows cannot be shared by {self.models} models; give the same number to each")
+        # normalisation is part of the model, so that attacks and their eps live in pixel units
+        x = _with_slope(x, 1 / self.scale)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.normalised(x)
+        with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
+            logits = self.body(x)
+        return logits if self.half is None else _with_slope(logits.float(), self.scale)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Pixels as the first layer sees them."""
+        return (x - self.mean) / self.std if (self.mean, self.std) != (0.0, 1.0) else x
+
+    def body(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> list[Layer]:
+        """All layers with parameters, in a fixed order."""
+        return [layer for layer in self.modules() if isinstance(layer, Layer)]
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return any(isinstance(layer, BatchNorm) for layer in self.layers)
+
+    @contextmanager
+    def recording(self, on: bool = True):
+        """Inside, layers keep their inputs and outputs (`layer.calls`), what per-sample norms are computed from."""
+        before = [layer.calls for layer in self.layers]
+        for layer in self.layers:
+            layer.calls = [] if on else None
+        try:
+            yield self
+        finally:
+            for layer, calls in zip(self.layers, before, strict=True):
+                layer.calls = calls
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and running statistics by name, each [M, ...], detached and on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
+
+
+class _Slope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:
+        return slope * ctx.factor, None
+
+
+def _with_slope(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient will be multiplied by `factor` on its way back."""
+    return x if factor == 1 else _Slope.apply(x, factor)
+
+
+class Spec(Protocol):
+    """What describes an architecture before the data are known."""
+
+    def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network: ...
+
+
+def side_by_side(x: Tensor, models: int) -> Tensor:
+    """[M*B, C, H, W] -> [B, M*C, H, W]: one grouped convolution then serves all models."""
+    if models == 1:
+        return x
+    return x.unflatten(0, (models, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def initialised(net: Network, seeds: Sequence[int], device) -> Network:
+    """The network with fresh weights from each model's own seed, on `device`; ValueError unless there is one seed a model."""
+    if len(seeds) != net.models:
+        raise ValueError(f"{net.models} models need {net.models} seeds, got {len(seeds)}")
+    # drawn on the CPU whatever the device, so that a model starts from the same weights everywhere
+    streams = Streams(tuple(seeds), "init")
+    for number, layer in enumerate(net.layers):
+        layer.initialise(streams.fork(number))
+    return net.to(device)
