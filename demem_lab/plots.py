@@ -206,9 +206,11 @@ def lines(
     figure = go.Figure()
     for number, (name, values) in enumerate(curves.items()):
         figure.add_scatter(x=list(x), y=list(values), mode="lines+markers", name=name, line=line(number))
+    ticks = [m * 10.0**k for k in range(-6, 7) for m in (1, 2, 5)]  # plotly's own write a lonely 5 for 0.5
+    log = {"type": "log", "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}
     # not "linear": an axis of names would then stay empty
-    figure.update_xaxes(title=x_title, type="log" if log_x else None)
-    figure.update_yaxes(title=y_title, type="log" if log_y else None)
+    figure.update_xaxes(title=x_title, **(log if log_x else {}))
+    figure.update_yaxes(title=y_title, **(log if log_y else {}))
     return styled(figure, title=title)
 
 
@@ -285,6 +287,9 @@ def bars(intervals: Iterable[Interval], *, thickness: float = 1, scale: float = 
 
 
 def _short(metric: str) -> str:
-    names = {"leak": "members found", "robust": "robust accuracy", "member robust": "members' robust accuracy"}
+    names = {
+        "leak": "members found", "robust": "robust accuracy", "member robust": "members' robust accuracy",
+        "leak clean": "found by clean queries", "leak adversarial": "found by adversarial queries",
+    }
     found_at = re.fullmatch(r"(.+: )?found at ([\d.]+ %)", metric)  # as `results` names them
-    return f"members found at {found_at[2]} false positives" if found_at else names.get(metric, metric)
+    return f"found at {found_at[2]} false positives" if found_at else names.get(metric, metric)

@@ -89,6 +89,17 @@ def test_a_prediction_waits_for_people_and_not_for_machines(monkeypatch, capsys)
         Prediction("?", low=1, high=0)
 
 
+def test_per_cent_are_points_apart():
+    said = Prediction("How many?", low=0, high=10, unit=" %").compare(6.5)
+    assert "Measured: 6.5 %, 1.5 points away" in said
+
+
+def test_where_one_counts_the_guess_is_a_whole_number():
+    guess = Prediction("How many of five?", low=0, high=5, step=1)
+    assert guess.slider.step == 1 and guess.value == 2
+    assert Prediction("How many?", low=0, high=5).value == 2.5
+
+
 def test_the_browser_hears_of_the_figure_with_its_data(monkeypatch):
     first = Made()
     first.amount.value = 4.5
