@@ -215,7 +215,8 @@ def number(name: str, low: float, high: float, value: float, *, step: float) -> 
         value=value, min=low, max=high, step=step, description="=", tooltip=f"{name} as a number",
         style={"description_width": "12px"}, layout={"width": "130px"},
     )
-    widgets.link((slider, "value"), (box, "value"))
+    # browsers send 0.19799999999999995 for 0.198, which no box has room for
+    widgets.link((slider, "value"), (box, "value"), transform=(lambda v: float(f"{v:.10g}"), lambda v: v))
     return slider, _row(slider, box)
 
 

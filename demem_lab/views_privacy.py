@@ -124,7 +124,7 @@ def demem_view(
     )
     for name, mode, look in (
         ("trained here", "markers+text", {"symbol": "star", "size": 18, "color": COLORS[4], "line": {"width": 1}}),
-        ("chosen on the map", "markers", {"color": COLORS[1], "line": {"width": 5}}),
+        ("chosen on the map", "markers", {"color": COLORS[1]}),
         ("the sliders", "markers", {"symbol": "diamond-open", "size": 36, "color": "black", "line": {"width": 3}}),
     ):
         figure.add_scatter(name=name, mode=mode, marker=look, showlegend=False, row=1, col=1,
@@ -196,13 +196,15 @@ def demem_marks(
     sliders_at = spot(*sliders) if sliders else {"x": [], "y": []}
     if chosen["added"] and sliders_at == chosen_at:
         sliders_at = {"x": [], "y": []}  # the ring around the star says it, and the star's number stays readable
-    ring = {"symbol": "circle-open", "size": 26} if chosen["added"] else {"symbol": "square-open", "size": 42}
+    frame = {"symbol": "square-open", "size": 42, "line": {"width": 5}}
+    if chosen["added"]:  # a ring no larger than the star, whose number begins where the star ends
+        frame = {"symbol": "circle-open", "size": 22, "line": {"width": 3}}
     above = [y >= round(y) for y in stars["y"]]
     return {
         "map": {"text": _numbers(plane, stars)},
         "trained here": stars | {"text": [f"{100 * v:.1f}" for v in added["leak"]]}
         | {"textposition": ["top center" if up else "bottom center" for up in above]},
-        "chosen on the map": chosen_at | {"marker": ring}, "the sliders": sliders_at,
+        "chosen on the map": chosen_at | {"marker": frame}, "the sliders": sliders_at,
         "plane, one seed": frontier(p[~p["added"]]), "trained here, one seed": frontier(added),
         "chosen": {"x": [100 * chosen["robust"]], "y": [percent_of(chosen["leak"])]},
         "protected": {"z": pictures_of(protected).z}, "next layer": {"z": pictures_of(surfaced).z},
