@@ -156,18 +156,19 @@ class Panel:
 
 
 class Prediction:
-    """Commit to a number before the result is shown; afterwards both stand side by side.
+    """Commit to a number before the result is shown; afterwards both stand side by side. step: 1 where one counts.
 
     Where nobody is watching (DEMEM_HEADLESS=1) it answers itself with the middle of the range, and says so.
     """
 
-    def __init__(self, question: str, *, low: float, high: float, unit: str = "") -> None:
+    def __init__(self, question: str, *, low: float, high: float, unit: str = "", step: float | None = None) -> None:
         finite("low", low)
         finite("high", high, low=low)
         self.question, self.unit = question, unit
         self.headless = os.environ.get("DEMEM_HEADLESS") == "1"
         self.committed = False
-        self.slider, box = number("your guess", low, high, (low + high) / 2, step=(high - low) / 100)
+        middle = (low + high) / 2 if step is None else low + step * ((high - low) / step // 2)
+        self.slider, box = number("your guess", low, high, middle, step=step or (high - low) / 100)
         self.button = widgets.Button(description="commit", tooltip="lock this guess in", button_style="primary")
         self.button.on_click(self._commit)
         self.widget = named(
@@ -183,8 +184,8 @@ class Prediction:
         """One sentence with guess and truth."""
         how = "Nobody was asked, so the middle stands in" if self.headless else "You did not commit; the slider stood at"
         start = "You guessed" if self.committed else how
-        off = abs(self.value - truth)
-        return f"{start}: {self.value:.3g}{self.unit}. Measured: {truth:.3g}{self.unit}, {off:.2g}{self.unit} away."
+        off, away = abs(self.value - truth), " points" if self.unit == " %" else self.unit
+        return f"{start}: {self.value:.3g}{self.unit}. Measured: {truth:.3g}{self.unit}, {off:.2g}{away} away."
 
     def _commit(self, _) -> None:
         self.committed, self.slider.disabled, self.button.disabled = True, True, True
@@ -214,7 +215,8 @@ def number(name: str, low: float, high: float, value: float, *, step: float) -> 
         value=value, min=low, max=high, step=step, description="=", tooltip=f"{name} as a number",
         style={"description_width": "12px"}, layout={"width": "130px"},
     )
-    widgets.link((slider, "value"), (box, "value"))
+    # browsers send 0.19799999999999995 for 0.198, which no box has room for
+    widgets.link((slider, "value"), (box, "value"), transform=(lambda v: float(f"{v:.10g}"), lambda v: v))
     return slider, _row(slider, box)
 
 

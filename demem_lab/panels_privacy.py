@@ -10,6 +10,7 @@ within a step when asked to.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import math
 import threading
@@ -39,6 +40,9 @@ from demem_lab.words_privacy import (
 
 PLD_SECONDS = 20
 CURVE_POINTS = 16
+
+# planes with the points that were trained in this session, by their first sweep: a cell that is run again makes a new panel
+_grown: dict[str, Plane] = {}
 
 
 class _Threaded(Panel):
@@ -171,19 +175,22 @@ class BudgetPanel(_Threaded):
 class DeMemPanel(_Threaded):
     """Noise multiplier x risk threshold over the trained plane: who is protected, what it costs, what is promised.
 
-    report: the other arms, measured like the plane. A button trains exactly where the sliders stand.
+    report: the other arms, measured like the plane. A button trains exactly where the sliders stand; what it trained is on
+    the chart of every panel that is made of the same plane later in this session.
     """
 
     def __init__(self, lab: Experiment, plane: Plane, report: Comparison | None = None) -> None:
-        self.lab, self.plane, self.report = lab, plane, report
+        self._sweep = _content(plane)
+        self.lab, self.plane, self.report = lab, _grown.get(self._sweep, plane), report
         self.job: Background | None = None
         self.curve = self._new_curve()
         noises, _ = views_privacy.plane_axes(plane)
         low, high = float(plane.scores.min()), float(plane.scores.max())
-        step = (high - low) / 200
         self.noise, first = number("noise multiplier", 0.0, noises[-1], min(1.0, noises[-1]), step=noises[-1] / 60)
-        start = float(np.quantile(plane.scores, 0.9))
-        self.threshold, second = number("risk threshold", low - step, high + step, start, step=step)
+        step = float(f"{max(high - low, 1e-6) / 200:.0e}")  # one digit: the box shows a number that one can read
+        low, high = (math.floor(low / step) - 1) * step, (math.ceil(high / step) + 1) * step
+        ends = (float(f"{v:.6g}") for v in (low, high))
+        self.threshold, second = number("risk threshold", *ends, _short_threshold(plane.scores, 0.9), step=step)
         self.train = widgets.Button(
             description="train this point", button_style="primary", layout={"width": "170px"},
             tooltip="train exactly where the sliders stand, and put the point on the chart",
@@ -195,7 +202,7 @@ class DeMemPanel(_Threaded):
         self.cancel.on_click(lambda _: self.job.cancel())
         self.bar = widgets.FloatProgress(min=0.0, max=1.0, description="trained", layout={"width": "300px"})
         self.status = widgets.HTML()
-        figure = views_privacy.demem_view(plane, report, self.marks(self._chosen()))
+        figure = views_privacy.demem_view(self.plane, report, self.marks(self._chosen()))
         buttons = widgets.HBox([self.train, self.cancel, self.bar])
         super().__init__((self.noise, self.threshold), (first, second, buttons, self.status), figure)
 
@@ -263,7 +270,7 @@ class DeMemPanel(_Threaded):
             new = job.result is not self.plane
             fresh = bool(self.curve.points()["epoch"])
             text = f"{'trained' if fresh else 'found in the store'}: {where}" if new else f"already on the chart: {where}"
-            self.plane = job.result
+            self.plane = _grown[self._sweep] = job.result
             with self.held():
                 self.noise.value, self.threshold.value = self.position
         self.status.value = _said(text)
@@ -275,6 +282,20 @@ def protected_images(plane: Plane, dataset, chosen: Mapping, *, count: int = vie
     order = np.argsort(-plane.scores, kind="stable")[: int(chosen["protected"])][::-1]
     picked = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int)) if len(order) else []
     return _images(dataset, order[picked] if len(order) else np.empty(0, dtype=int))
+
+
+def _content(plane: Plane) -> str:
+    """The same for planes with the same members, scores and numbers, whichever object holds them."""
+    swept = plane.points[~plane.points["added"]]
+    parts = swept.to_csv().encode(), plane.scores.tobytes(), plane.after[: len(swept)].tobytes(), str(plane.seed).encode()
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _short_threshold(scores: np.ndarray, quantile: float) -> float:
+    """The quantile with as few decimals as name the same samples."""
+    exact = float(np.quantile(scores, quantile))
+    short = (math.floor(exact * 10**d) / 10**d for d in range(2, 9))
+    return next((v for v in short if (scores >= v).sum() == (scores >= exact).sum()), exact)
 
 
 def _rest(setting: Setting) -> Setting:

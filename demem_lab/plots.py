@@ -10,15 +10,16 @@ Importing this module makes figures appear as data plus plotly's own renderer, n
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.subplots import make_subplots
 
-from demem_lab.comparison import METRICS, Comparison
+from demem_lab.comparison import METRICS, Comparison, spell
 from demem_lab.leakage import Interval
 
 if "google.colab" not in sys.modules:
@@ -62,17 +63,18 @@ def roc_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: st
 
 def forest(
     rows: Mapping[str, Interval], *, axis: str = "", percent: bool = True,
-    reference: float | None = None, title: str = ""
+    reference: float | None = None, title: str = "", rates: bool = False,
 ) -> go.Figure:
-    """One dot with its interval for each row, in the given order from top to bottom; `reference` draws a line."""
+    """One dot with its interval for each row, in the given order from top to bottom; `reference` draws a line.
+
+    rates: the values lie between 0 and 1 (not differences), and so does what is drawn of their intervals.
+    """
     scale = 100 if percent else 1
     names = list(rows)
     means = [scale * r.mean for r in rows.values()]
-    ups = [0 if r.high is None else scale * (r.high - r.mean) for r in rows.values()]
-    downs = [0 if r.low is None else scale * (r.mean - r.low) for r in rows.values()]
     figure = go.Figure(go.Scatter(
         x=means, y=names, mode="markers", marker={"size": 10, "color": COLORS[0]}, showlegend=False,
-        error_x={"array": ups, "arrayminus": downs, "thickness": 2},
+        error_x=bars(rows.values(), thickness=2, scale=scale, rates=rates),
         hovertemplate="%{y}: %{x:.1f} (+%{error_x.array:.1f} / -%{error_x.arrayminus:.1f})<extra></extra>",
     ))
     if reference is not None:
@@ -91,11 +93,10 @@ def arms(
     figure = make_subplots(cols=len(metrics), shared_yaxes=True, subplot_titles=[_short(m) for m in metrics])
     for column, metric in enumerate(metrics, 1):
         found = [report.interval(name, metric, group) for name in names]
-        half = [0 if f.high is None else 100 * (f.high - f.mean) for f in found]
         figure.add_scatter(
             x=[100 * f.mean for f in found], y=names, mode="markers", marker={"size": 10, "color": COLORS[column - 1]},
-            error_x={"array": half, "thickness": 2}, showlegend=False, row=1, col=column,
-            hovertemplate=f"%{{y}}<br>{METRICS[metric]}: %{{x:.1f}} ± %{{error_x.array:.1f}} %<extra></extra>",
+            error_x=bars(found, thickness=2), showlegend=False, row=1, col=column, text=[spell(f) for f in found],
+            hovertemplate=f"%{{y}}<br>{METRICS[metric]}: %{{text}} %<extra></extra>",
         )
         figure.update_xaxes(ticksuffix=" %", row=1, col=column)
     figure.update_yaxes(autorange="reversed", automargin=True)
@@ -109,11 +110,10 @@ def by_group(
     figure = go.Figure()
     for number, name in enumerate(names or report.arms):
         found = [report.interval(name, metric, group) for group in groups]
-        half = [0 if f.high is None else 100 * (f.high - f.mean) for f in found]
         figure.add_bar(
-            x=list(groups), y=[100 * f.mean for f in found], name=name, error_y={"array": half, "thickness": 1.5},
-            marker={"color": COLORS[number % len(COLORS)]},
-            hovertemplate=f"{name}, %{{x}}<br>{METRICS[metric]}: %{{y:.1f}} ± %{{error_y.array:.1f}} %<extra></extra>",
+            x=list(groups), y=[100 * f.mean for f in found], name=name, error_y=bars(found, thickness=1.5),
+            marker={"color": COLORS[number % len(COLORS)]}, hovertext=[spell(f) for f in found],
+            hovertemplate=f"{name}, %{{x}}<br>{METRICS[metric]}: %{{hovertext}} %<extra></extra>",
         )
     figure.update_yaxes(title=_short(metric), ticksuffix=" %")
     figure.update_layout(barmode="group")
@@ -131,9 +131,8 @@ def frontier(
         figure.add_scatter(
             x=[100 * a.mean], y=[100 * b.mean], mode="markers", name=name,
             marker={"size": 12, "color": COLORS[number % len(COLORS)], "symbol": symbol(number)},
-            error_x={"array": [0 if a.high is None else 100 * (a.high - a.mean)], "thickness": 1},
-            error_y={"array": [0 if b.high is None else 100 * (b.high - b.mean)], "thickness": 1},
-            hovertemplate=f"{name}<br>{_short(x)} %{{x:.1f}} %<br>{_short(y)} %{{y:.1f}} %<extra></extra>",
+            error_x=bars([a]), error_y=bars([b]),
+            hovertemplate=f"{name}<br>{_short(x)} {spell(a)} %<br>{_short(y)} {spell(b)} %<extra></extra>",
         )
     figure.update_xaxes(title=f"{_short(x)}, % (more is better)")
     figure.update_yaxes(title=f"{_short(y)}{', ' + y_group if y_group else ''}, % (less is better)", rangemode="tozero")
@@ -211,9 +210,11 @@ def lines(
     figure = go.Figure()
     for number, (name, values) in enumerate(curves.items()):
         figure.add_scatter(x=list(x), y=list(values), mode="lines+markers", name=name, line=line(number))
+    ticks = [m * 10.0**k for k in range(-6, 7) for m in (1, 2, 5)]  # plotly's own write a lonely 5 for 0.5
+    log = {"type": "log", "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}
     # not "linear": an axis of names would then stay empty
-    figure.update_xaxes(title=x_title, type="log" if log_x else None)
-    figure.update_yaxes(title=y_title, type="log" if log_y else None)
+    figure.update_xaxes(title=x_title, **(log if log_x else {}))
+    figure.update_yaxes(title=y_title, **(log if log_y else {}))
     return styled(figure, title=title)
 
 
@@ -279,6 +280,20 @@ def symbol(number: int) -> str:
     return shape + ("-open" if number // 8 % 2 else "")
 
 
+def bars(intervals: Iterable[Interval], *, thickness: float = 1, scale: float = 100, rates: bool = True) -> dict:
+    """Plotly's error bars. Those of rates stay within 0 and 100 %: few seeds make intervals that reach beyond."""
+    up, down = [], []
+    for i in intervals:
+        low, high = (i.mean if v is None else min(1.0, max(0.0, v)) if rates else v for v in (i.low, i.high))
+        up.append(scale * (high - i.mean))
+        down.append(scale * (i.mean - low))
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": thickness}
+
+
 def _short(metric: str) -> str:
-    names = {"leak": "members found", "robust": "robust accuracy", "member robust": "members' robust accuracy"}
-    return names.get(metric, metric)
+    names = {
+        "leak": "members found", "robust": "robust accuracy", "member robust": "members' robust accuracy",
+        "leak clean": "found by clean queries", "leak adversarial": "found by adversarial queries",
+    }
+    found_at = re.fullmatch(r"(.+: )?found at ([\d.]+ %)", metric)  # as `results` names them
+    return f"found at {found_at[2]} false positives" if found_at else names.get(metric, metric)

@@ -14,12 +14,13 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from demem_lab.comparison import Comparison
-from demem_lab.plots import COLORS, GREY, line, mosaic, percent_of, picture, styled, symbol
+from demem_lab.comparison import Comparison, spell
+from demem_lab.plots import COLORS, GREY, bars, line, mosaic, percent_of, picture, styled, symbol
 from demem_lab.sweep import Plane
 
 TEXT = 15  # points: read from the last row
 PICTURES = 24
+LIVE = ("robust accuracy", "training loss")  # traces of the live training
 
 
 def budget_view(
@@ -112,22 +113,21 @@ def demem_view(
         horizontal_spacing=0.14,  # the empty row is for the legend
         specs=[[{}, {}], [None, None], [{}, {"rowspan": 2, "secondary_y": True}], [{}, None]],
         subplot_titles=("who leaks: members found, %", "what it costs: all arms and points",
-                        "protected: the riskiest last", "live training, once the button is pressed",
+                        "protected: the riskiest last", "live training",
                         "next layer: unprotected, riskiest first"),
     )
     noises, fractions = plane_axes(plane)
-    grid = [[_cell(plane.points, s, f, "leak") for f in fractions] for s in noises]
     figure.add_heatmap(
-        z=grid, x=list(range(len(fractions))), y=list(range(len(noises))), name="map", colorscale="Blues", showscale=False,
-        text=[["" if v is None else f"{v:.1f}" for v in row] for row in grid], texttemplate="%{text}",
-        textfont={"size": TEXT}, hovertemplate="%{z:.1f} % found<extra></extra>", row=1, col=1,
+        z=_leaks(plane), x=list(range(len(fractions))), y=list(range(len(noises))), name="map", colorscale="Blues",
+        showscale=False, texttemplate="%{text}", textfont={"size": TEXT}, hovertemplate="%{z:.1f} % found<extra></extra>",
+        row=1, col=1,
     )
     for name, mode, look in (
-        ("trained here", "markers+text", {"symbol": "star", "size": 22, "color": COLORS[4], "line": {"width": 1}}),
-        ("chosen on the map", "markers", {"symbol": "square-open", "size": 42, "color": COLORS[1], "line": {"width": 5}}),
+        ("trained here", "markers+text", {"symbol": "star", "size": 18, "color": COLORS[4], "line": {"width": 1}}),
+        ("chosen on the map", "markers", {"color": COLORS[1]}),
         ("the sliders", "markers", {"symbol": "diamond-open", "size": 36, "color": "black", "line": {"width": 3}}),
     ):
-        figure.add_scatter(name=name, mode=mode, marker=look, showlegend=False, row=1, col=1, textposition="bottom center",
+        figure.add_scatter(name=name, mode=mode, marker=look, showlegend=False, row=1, col=1,
                            hoverinfo="text" if name == "trained here" else "skip")
     for name, number in (("plane, one seed", 0), ("trained here, one seed", 1)):
         look = {"size": (9, 17)[number], "symbol": ("circle-open", "star")[number], "color": (GREY, COLORS[4])[number]}
@@ -138,14 +138,17 @@ def demem_view(
         figure.add_scatter(
             x=[100 * across.mean], y=[100 * up.mean], mode="markers", name=name, row=1, col=2,
             marker={"size": 12, "color": COLORS[number % len(COLORS)], "symbol": symbol(number), "line": {"width": 2}},
-            error_x=_bars(across), error_y=_bars(up), text=[f"{name}<br>robust {_spelled(across)}, leak {_spelled(up)}"],
+            error_x=bars([across], thickness=1.2), error_y=bars([up], thickness=1.2),
+            text=[f"{name}<br>robust {spell(across)} %, leak {spell(up)} %"],
             hovertemplate="%{text}<extra></extra>",
         )
     figure.add_scatter(name="chosen", mode="markers", row=1, col=2, hoverinfo="skip",
                        marker={"symbol": "circle-open", "size": 24, "color": COLORS[1], "line": {"width": 4}})
     for row, name in ((3, "protected"), (4, "next layer")):
         figure.add_trace(_named(pictures_of(np.ones((1, *_size(marks[name])))), name), row=row, col=1)
-    for number, name in enumerate(("robust accuracy", "training loss")):
+    figure.add_scatter(name="live hint", mode="text", textfont={"color": "black"}, showlegend=False, hoverinfo="skip",
+                       cliponaxis=False, row=3, col=2)
+    for number, name in enumerate(LIVE):
         figure.add_scatter(name=name, mode="lines+markers", line=line(number), marker={"symbol": symbol(number), "size": 8},
                            showlegend=False, hovertemplate=f"{name}, epoch %{{x}}: %{{y:.3g}}<extra></extra>",
                            row=3, col=2, secondary_y=bool(number))
@@ -189,11 +192,19 @@ def demem_marks(
         return {"x": [100 * v for v in part["robust"]], "y": [percent_of(v) for v in part["leak"]], "text": words}
 
     added = p[p["added"]]
+    stars, chosen_at = spot(added["noise_multiplier"], added["protected"]), spot(chosen["noise_multiplier"], chosen["protected"])
+    sliders_at = spot(*sliders) if sliders else {"x": [], "y": []}
+    if chosen["added"] and sliders_at == chosen_at:
+        sliders_at = {"x": [], "y": []}  # the ring around the star says it, and the star's number stays readable
+    frame = {"symbol": "square-open", "size": 42, "line": {"width": 5}}
+    if chosen["added"]:  # a ring no larger than the star, whose number begins where the star ends
+        frame = {"symbol": "circle-open", "size": 22, "line": {"width": 3}}
+    above = [y >= round(y) for y in stars["y"]]
     return {
-        "trained here": spot(added["noise_multiplier"], added["protected"])
-        | {"text": [f"{100 * v:.1f}" for v in added["leak"]]},
-        "chosen on the map": spot(chosen["noise_multiplier"], chosen["protected"]),
-        "the sliders": spot(*sliders) if sliders else {"x": [], "y": []},
+        "map": {"text": _numbers(plane, stars)},
+        "trained here": stars | {"text": [f"{100 * v:.1f}" for v in added["leak"]]}
+        | {"textposition": ["top center" if up else "bottom center" for up in above]},
+        "chosen on the map": chosen_at | {"marker": frame}, "the sliders": sliders_at,
         "plane, one seed": frontier(p[~p["added"]]), "trained here, one seed": frontier(added),
         "chosen": {"x": [100 * chosen["robust"]], "y": [percent_of(chosen["leak"])]},
         "protected": {"z": pictures_of(protected).z}, "next layer": {"z": pictures_of(surfaced).z},
@@ -202,19 +213,29 @@ def demem_marks(
 
 
 def curve_marks(curve: Mapping[str, Sequence[float]]) -> dict[str, dict]:
-    """The same for the live curve alone."""
+    """The same for the live curve alone; words where there is nothing to draw."""
+    empty = not curve["epoch"]
+    words = "<i>train this point</i> draws here,<br>epoch by epoch:<br>robust accuracy<br>and training loss"
+    corners = [0, 1, 2] if empty else []  # two blank ones hold the words in the middle
     return {
+        "live hint": {"x": corners, "y": corners, "text": ["", words, ""][: len(corners)]},
         "robust accuracy": {"x": list(curve["epoch"]), "y": [100 * v for v in curve["robust"]]},
         "training loss": {"x": list(curve["epoch"]), "y": list(curve["loss"])},
     }
 
 
 def moved(figure: go.Figure, marks: Mapping[str, Mapping]) -> go.Figure:
-    """The figure with every trace of that name brought to its mark, in one message to the browser."""
+    """The figure with every trace of that name brought to its mark, in one message to the browser.
+
+    The axes of the live training are there as long as something is drawn on them.
+    """
     with figure.batch_update():
         for trace in figure.data:
             if trace.name in marks:
                 trace.update(marks[trace.name])
+            if trace.name in LIVE and trace.name in marks:
+                for letter, name in (("x", trace.xaxis), ("y", trace.yaxis)):
+                    figure.layout[f"{letter}axis{name[1:]}"].visible = bool(marks[trace.name]["x"])
     return figure
 
 
@@ -247,25 +268,26 @@ def _size(mark: Mapping) -> tuple[int, int, int]:
     return (3 if np.ndim(mark["z"]) == 3 else 1), 1, 1
 
 
-def _bars(interval) -> dict:
-    """Error bars that stay within 0 and 100 %: few seeds make intervals that reach beyond."""
-    low, high = (interval.mean if v is None else min(1.0, max(0.0, v)) for v in (interval.low, interval.high))
-    return {
-        "type": "data", "symmetric": False, "array": [100 * (high - interval.mean)],
-        "arrayminus": [100 * (interval.mean - low)], "thickness": 1.2,
-    }
-
-
-def _spelled(interval) -> str:
-    if interval.high is None:
-        return f"{100 * interval.mean:.1f} %"
-    return f"{100 * interval.mean:.1f} ± {100 * (interval.high - interval.mean):.1f} %"
-
-
 def _large(figure: go.Figure) -> go.Figure:
     figure.update_annotations(font={"size": TEXT + 1})
     figure.update_xaxes(title={"font": {"size": TEXT}}).update_yaxes(title={"font": {"size": TEXT}})
     return figure.update_layout(font={"size": TEXT}, autosize=True)
+
+
+def _numbers(plane: Plane, stars: Mapping[str, Sequence[float]]) -> list[list[str]]:
+    """What is written in the cells of the map. Where a star lies, the number moves out of its way, up or down by a line."""
+    written = [["" if v is None else f"{v:.1f}" for v in row] for row in _leaks(plane)]
+    for x, y in zip(stars["x"], stars["y"], strict=True):
+        row, column = round(y), round(x)
+        text = written[row][column]
+        if text and "<br>" not in text:
+            written[row][column] = f"<br> <br>{text}" if y >= row else f"{text}<br> <br> "
+    return written
+
+
+def _leaks(plane: Plane) -> list[list[float | None]]:
+    noises, fractions = plane_axes(plane)
+    return [[_cell(plane.points, s, f, "leak") for f in fractions] for s in noises]
 
 
 def _cell(points, sigma: float, fraction: float, column: str) -> float | None:

@@ -89,6 +89,25 @@ def test_a_prediction_waits_for_people_and_not_for_machines(monkeypatch, capsys)
         Prediction("?", low=1, high=0)
 
 
+def test_a_number_box_shows_what_was_meant():
+    slider, row = number("risk threshold", -1.0, 1.0, 0.5, step=0.003)
+    slider.value = 0.19799999999999995
+    assert row.children[1].value == 0.198 and abs(slider.value - 0.198) < 1e-12
+    row.children[1].value = 0.123456789
+    assert slider.value == 0.123456789
+
+
+def test_per_cent_are_points_apart():
+    said = Prediction("How many?", low=0, high=10, unit=" %").compare(6.5)
+    assert "Measured: 6.5 %, 1.5 points away" in said
+
+
+def test_where_one_counts_the_guess_is_a_whole_number():
+    guess = Prediction("How many of five?", low=0, high=5, step=1)
+    assert guess.slider.step == 1 and guess.value == 2
+    assert Prediction("How many?", low=0, high=5).value == 2.5
+
+
 def test_the_browser_hears_of_the_figure_with_its_data(monkeypatch):
     first = Made()
     first.amount.value = 4.5

@@ -27,6 +27,7 @@ NOISES, FRACTIONS = (0.0, 1.0, 3.0), (0.0, 0.1, 1.0)
 @pytest.fixture(autouse=True)
 def no_earlier_positions(monkeypatch):
     monkeypatch.setattr(controls, "_positions", {})
+    monkeypatch.setattr(panels_privacy, "_grown", {})
 
 
 def text(panel):
@@ -237,12 +238,78 @@ def test_the_button_trains_exactly_the_sliders_position(lab, plane, report):
     panel.train.click()
     panel.job.join(60)
     assert "already on the chart" in panel.status.value and len(panel.plane.points) == len(plane.points) + 1
+    panels_privacy._grown.clear()  # another session
     again = DeMemPanel(lab, plane, report)
     again.noise.value, again.threshold.value = noise, threshold
     again.train.click()
     again.job.join(60)
     assert "found in the store" in again.status.value
     assert again.plane.points.iloc[-1].equals(row)
+
+
+def live_axes(panel):
+    return [panel.figure.layout[f"{letter}axis{place[1:]}"].visible for letter, place in (
+        ("x", traces(panel)["robust accuracy"].xaxis), ("y", traces(panel)["robust accuracy"].yaxis),
+        ("y", traces(panel)["training loss"].yaxis),
+    )]
+
+
+def test_the_live_plot_has_axes_only_when_there_is_something_on_them(lab, plane):
+    panel = DeMemPanel(lab, plane)
+    assert live_axes(panel) == [False] * 3 and "train this point" in "".join(traces(panel)["live hint"].text)
+    panel.noise.value = 0.35  # moving a slider is not training
+    assert live_axes(panel) == [False] * 3
+    panel.train.click()
+    panel.job.join(60)
+    assert live_axes(panel) == [True] * 3 and len(traces(panel)["live hint"].x) == 0
+    panel.noise.value = 1.0  # the curve stays
+    assert live_axes(panel) == [True] * 3
+    others = {trace.xaxis for trace in panel.figure.data if trace.name in ("map", "chosen")}
+    assert all(panel.figure.layout[f"xaxis{place[1:]}"].visible is not False for place in others)
+
+
+@pytest.mark.parametrize("noise, up", [(0.9, False), (1.3, True)])
+def test_a_star_covers_no_number(lab, plane, noise, up):
+    """Trained beside a cell's middle: the cell's number and the star's own keep to opposite sides, outside the ring."""
+    grown = train_point(lab, plane, noise_multiplier=noise, risk_threshold=float(np.quantile(plane.scores, 0.9)))
+    row = grown.points.iloc[-1]
+    panel = DeMemPanel(lab, grown)
+    panel.noise.value, panel.threshold.value = noise, float(np.quantile(plane.scores, 0.9))
+    seen, swept = traces(panel), plane.points.set_index(["noise_multiplier", "fraction"])["leak"]
+    number = f"{100 * swept[1.0, 0.1]:.1f}"
+    assert seen["chosen on the map"].y == seen["trained here"].y and round(seen["trained here"].y[0]) == 1
+    cell = seen["map"].text[1][1].split("<br>")
+    assert len(cell) == 3 and cell[2 if up else 0] == number and "".join(cell).strip() == number
+    assert seen["trained here"].textposition == ("top center" if up else "bottom center",)
+    assert seen["trained here"].text == (f"{100 * row['leak']:.1f}",)
+    assert seen["chosen on the map"].marker.symbol == "circle-open" and len(seen["the sliders"].x) == 0
+    panel.noise.value, panel.threshold.value = 3.0, -1.0
+    seen = traces(panel)
+    assert seen["chosen on the map"].marker.symbol == "square-open" and len(seen["the sliders"].x) == 1
+    rest = [t for r in seen["map"].text for t in r if t != seen["map"].text[1][1]]
+    assert rest and all("<br>" not in t for t in rest)
+
+
+def test_what_was_trained_stays_when_the_cell_is_run_again(lab, plane, report):
+    panel = DeMemPanel(lab, plane, report)
+    panel.noise.value, panel.threshold.value = 1.9, 0.025
+    panel.train.click()
+    panel.job.join(60)
+    again = DeMemPanel(lab, replace(plane, points=plane.points.copy()), report)  # computed anew, so another object
+    assert again.plane.points.equals(panel.plane.points) and len(again.plane.points) == len(plane.points) + 1
+    assert text(again) == text(panel) and "noise multiplier 1.9" in text(again)
+    for name in ("trained here", "trained here, one seed", "chosen"):
+        assert traces(again)[name].x == traces(panel)[name].x and len(traces(again)[name].x) == 1
+    other = DeMemPanel(lab, replace(plane, seed=plane.seed + 1))  # other members: another chart
+    assert len(other.plane.points) == len(plane.points)
+
+
+def test_the_first_threshold_can_be_read_and_names_the_riskiest_tenth(lab, plane):
+    panel = DeMemPanel(lab, plane)
+    start = panel.threshold.value
+    assert len(f"{start}") <= 8 and (plane.scores >= start).sum() == round(0.1 * len(plane.scores))
+    assert panel.threshold.min < plane.scores.min() and panel.threshold.max > plane.scores.max()  # everybody, and nobody
+    assert all(len(f"{v}") <= 7 for v in (panel.threshold.step, panel.threshold.min, panel.threshold.max))
 
 
 def test_cancel_leaves_everything_as_it_was(lab, plane, report, monkeypatch):

@@ -54,13 +54,39 @@ def test_arms_groups_and_frontier_show_the_reports_means(report):
     for trace, arm in zip(points.data, report.arms, strict=True):
         assert (trace.x[0], trace.y[0]) == (100 * report.mean(arm, "robust"), 100 * report.mean(arm, "leak", "top"))
         half = report.interval(arm, "leak", "top")
-        assert trace.error_y.array[0] == pytest.approx(100 * (half.high - half.mean))
+        assert trace.error_y.array[0] == pytest.approx(100 * (min(1.0, half.high) - half.mean))
+        assert f"± {100 * (half.high - half.mean):.1f} %" in trace.hovertemplate  # in words, the whole interval
+
+
+def test_no_rate_is_drawn_below_zero_or_above_a_hundred_per_cent(report):
+    wild = report.rows.assign(value=report.rows["value"].where(report.rows["seed"] > 0, 0.02))  # wide intervals
+    wild = Comparison(wild, 0.01, {})
+    reach = [wild.interval(a, m, g) for a in wild.arms for m in ("robust", "leak") for g in ("all", "top")]
+    assert min(i.low for i in reach) < 0 and max(i.high for i in reach) > 1
+    figures = [plots.frontier(wild), plots.by_group(wild, "leak", ["all", "top"]), plots.arms(wild, ["robust", "leak"])]
+    figures.append(plots.forest({str(k): i for k, i in enumerate(reach)}, rates=True))
+    for trace in (t for figure in figures for t in figure.data):
+        for values, error in ((trace.x, trace.error_x), (trace.y, trace.error_y)):
+            if error.array is not None:
+                ends = [np.add(values, error.array), np.subtract(values, error.arrayminus)]
+                assert np.min(ends) > -1e-9 and np.max(ends) < 100 + 1e-9
+    difference = plots.forest({"a": Interval(0.1, -0.2, 0.4, 3)}).data[0]  # which may well be negative
+    assert list(difference.error_x.arrayminus) == pytest.approx([30])
+
+
+def test_the_axis_says_of_what_a_rate_is():
+    rows = [("none", seed, "all", metric, 0.1) for seed in (0, 1) for metric in ("robust accuracy", "RMIA: found at 0.1 %")]
+    made = Comparison(pd.DataFrame(rows, columns=["arm", "seed", "group", "metric", "value"]), 0.01, {})
+    figure = plots.frontier(made, x="robust accuracy", y="RMIA: found at 0.1 %")
+    assert figure.layout.yaxis.title.text.startswith("found at 0.1 % false positives, %")
 
 
 def test_lines_over_names_and_over_numbers():
     named = plots.lines(["clean", "FGSM"], {"a": [0.9, 0.5]}, x_title="attack", y_title="accuracy")
     assert list(named.data[0].x) == ["clean", "FGSM"] and named.layout.xaxis.type != "linear"
-    assert plots.lines([1, 10], {"a": [1, 2]}, x_title="x", y_title="y", log_x=True).layout.xaxis.type == "log"
+    axis = plots.lines([0.5, 10], {"a": [1, 2]}, x_title="x", y_title="y", log_x=True).layout.xaxis
+    assert axis.type == "log" and {"0.5", "1", "20"} <= set(axis.ticktext)  # in full, not a 5 between the powers of ten
+    assert [float(t) for t in axis.ticktext] == pytest.approx(list(axis.tickvals))
 
 
 def test_histogram_counts_everybody_once():

@@ -62,7 +62,9 @@ class Shown:
             self.page.keyboard.press(key)
         box = self.boxes.nth(number).element_handle()
         self.page.wait_for_function("([el, old]) => el.value !== old", arg=[box, before])
-        self.page.wait_for_timeout(700)
+        settled = None
+        while settled != (settled := self.boxes.nth(number).input_value()):  # a busy machine is still counting key presses
+            self.page.wait_for_timeout(1000)
 
     def type(self, number, value):
         self.boxes.nth(number).fill(str(value))
