@@ -7,11 +7,13 @@ import time
 import torch
 from harness import Row, judged
 
-from demem_lab import data, training
+from demem_lab import data
 from demem_lab.attacks import PGD
 from demem_lab.models import MLP, ResNet18, SmallCNN, Spec
 from demem_lab.objectives import PGDAT, Natural
+from demem_lab.recipe import Job
 from demem_lab.sampling import Shuffled
+from demem_lab.state import State
 from demem_lab.streams import model_seeds
 from demem_lab.training import Recipe
 
@@ -39,15 +41,15 @@ def matrix_rate(device: torch.device, size: int = 8192) -> float:
     return 2 * size**3 / min(seconds(lambda: a @ b, device))
 
 
-def state_of(models: int, spec: Spec, shape, batch: int, attack: bool, device: torch.device) -> training._State:
+def state_of(models: int, spec: Spec, shape, batch: int, attack: bool, device: torch.device) -> State:
     """Models of one chunk on the device, ready for their next step, on images of noise."""
     n = 4 * batch
     x = torch.rand(n, *shape, generator=torch.Generator().manual_seed(0))
     images = data.Dataset("noise", x, torch.arange(n) % 10, tuple("0123456789"), "random numbers", 8 / 255)
     members = data.member_masks(n, max(models, 2), seed=0)[:models]
     recipe = Recipe(spec, PGDAT(PGD(8 / 255, STEPS)) if attack else Natural(), sampler=Shuffled(batch), epochs=10_000)
-    job = training._Job(images, members, recipe, model_seeds(0, models), device, False, torch.float32, n / 2)
-    return training._State(job)
+    job = Job(images, members, recipe, model_seeds(0, models), device, False, torch.float32, n / 2)
+    return State(job)
 
 
 def jobs(quick: bool, device: torch.device | None = None, *, width: int = 64, batch: int = 128, size: int = 8192) -> list[Row]:

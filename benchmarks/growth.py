@@ -19,7 +19,9 @@ from demem_lab.leakage import evaluate
 from demem_lab.membership import lira, rmia
 from demem_lab.models import MLP, Spec
 from demem_lab.objectives import PGDAT
+from demem_lab.recipe import Job
 from demem_lab.sampling import Shuffled
+from demem_lab.state import State
 from demem_lab.streams import model_seeds
 from demem_lab.training import Recipe
 
@@ -30,17 +32,17 @@ LIMITS = (  # what, how it is made, gigabytes at most
 )
 
 
-def state_of(models: int, spec: Spec, *, batch: int = 50, attack: bool = True) -> training._State:
+def state_of(models: int, spec: Spec, *, batch: int = 50, attack: bool = True) -> State:
     """That many models of one chunk, ready for their next step."""
     images = data.load()
     members = data.member_masks(images.n, max(models, 2), seed=0)[:models]
     objective = PGDAT(PGD(0.1, 3)) if attack else Recipe().objective
     recipe = Recipe(spec, objective, sampler=Shuffled(batch), epochs=10_000)
-    job = training._Job(
+    job = Job(
         images, members, recipe, model_seeds(0, models), torch.device("cpu"), False, torch.float32,
         members.double().sum(1).mean().item(),
     )
-    return training._State(job)
+    return State(job)
 
 
 def slope(job: str, shape: str, axis: str, sizes: list[float], actions: list, *, rounds: int) -> list[Row]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -51,7 +52,20 @@ class Budget:
 
     def __str__(self) -> str:
         looser = ", looser" if self.accountant == "RDP" else ""
-        return f"epsilon {self.epsilon:.3g} at delta {self.delta:.3g} ({self.accountant}{looser})"
+        return f"epsilon {bound(self.epsilon)} at delta {self.delta:.3g} ({self.accountant}{looser})"
+
+
+def bound(value: float, *, upper: bool = True) -> str:
+    """An upper (or lower) bound in three digits, rounded to the side on which it still holds.
+
+    >>> bound(5.671), bound(5.67), bound(5.679, upper=False)
+    ('5.68', '5.67', '5.67')
+    """
+    shown = f"{value:.3g}"
+    if math.isfinite(value) and (float(shown) < value if upper else float(shown) > value):
+        unit = 10.0 ** (math.floor(math.log10(abs(value))) - 2)
+        shown = f"{float(shown) + (unit if upper else -unit):.3g}"
+    return shown
 
 
 def budget(

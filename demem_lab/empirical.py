@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from demem_lab.accounting import bound
 from demem_lab.validate import finite, integer
 
 LARGEST = 60.0  # epsilon beyond this is not told apart
@@ -35,7 +36,7 @@ class LowerBound:
 
     def __str__(self) -> str:
         return (
-            f"epsilon >= {self.epsilon:.3g} at delta {self.delta:.3g} with {self.confidence:.0%} confidence "
+            f"epsilon >= {bound(self.epsilon, upper=False)} at delta {self.delta:.3g} with {self.confidence:.0%} confidence "
             f"({self.method}, {self.detail}; at most {self.most:.3g} could have been seen)"
         )
 

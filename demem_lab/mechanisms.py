@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from demem_lab.accounting import Budget, NoGuarantee, budget
+from demem_lab.accounting import Budget, NoGuarantee, bound, budget
 from demem_lab.objectives import PerSample
 from demem_lab.streams import Streams
 from demem_lab.validate import choice, finite, flags
@@ -45,7 +45,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What is promised to each single protected sample, and on which conditions."""
+    """What is promised to each single protected sample by ONE released model, and on which conditions.
+
+    Models add up: who publishes several that were trained on the same person's data has spent as many budgets. The noise
+    comes from a seed, so that results can be repeated; who knows the seed can subtract it, so a real release keeps it secret.
+    """
 
     budget: Budget | NoGuarantee
     protected: int  # how many samples it holds for
@@ -65,7 +69,7 @@ class Guarantee:
         b = self.budget
         who = "all samples" if self.protected == self.n else f"the {self.protected:,} protected of {self.n:,} samples"
         text = (
-            f"({b.epsilon:.3g}, {b.delta:.3g})-DP for each single one of {who} (add/remove, {b.accountant})"
+            f"({bound(b.epsilon)}, {b.delta:.3g})-DP for each single one of {who} (add/remove, {b.accountant})"
             f"{'' if self.protected == self.n else '; none for the other samples'}"
         )
         if self.selection == "from_data" and self.protected < self.n:

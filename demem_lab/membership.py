@@ -53,6 +53,8 @@ def lira(
     signal: [M, N], or [Q, M, N] for several queries a sample, whose log ratios are added. variance: of each sample's own
     references ("per_sample"), of all samples together ("pooled"), or the own one shrunk towards the pooled one
     ("shrunk": (own sum of squares + 8 pooled) / (own degrees of freedom + 8), the mean of an inverse-gamma posterior).
+    Two things differ from the public LiRA code: its fixed variance is the spread of all in- (or out-) signals of all
+    samples, differences between samples included, ours the mean spread within a sample; and it takes medians, ours means.
     online: log N(signal; in) - log N(signal; out); offline: one-sided z = (signal - mean out) / std out.
     references: the shadow models' signals, shaped like signal and trained on the same member lists, where they are not the
     targets themselves: the naive attacker, whose shadow models lack the defence. It exists to show how far that misleads.
@@ -96,6 +98,7 @@ def rmia(
     ratio(x) = p(x | target) / p(x), where p(x) is the mean over in- and out-references, or, offline,
     ((1 + a) p_out + 1 - a) / 2 with a = `offline_a`. With a `population` (bool [N]) the score is the fraction of it whose
     ratio, times gamma, x's ratio reaches. Without one it is the ratio itself, which orders one target's samples alike.
+    In the paper several queries vote, here their confidences are averaged; p is the plain softmax of the label.
     """
     finite("gamma", gamma, low=0)
     signal, member = _checked(p, member)

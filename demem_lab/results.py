@@ -58,7 +58,7 @@ class Results:
         """Write the file (replaced in one move, so that a killed run leaves the old one)."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".part")
+        fresh = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runs may write the same file
         fresh.write_text(json.dumps(asdict(self), indent=1) + "\n")
         os.replace(fresh, path)
         return path

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from demem_lab import accounting
-from demem_lab.accounting import Budget, NoGuarantee
+from demem_lab.accounting import Budget, NoGuarantee, bound
 from demem_lab.sweep import Plane
 from demem_lab.validate import finite
 
@@ -75,9 +75,9 @@ def budget_words(
     if isinstance(loose, NoGuarantee):
         promise = f"<b>No guarantee</b>: {html.escape(loose.reason)}."
     else:
-        promise = f"<b>epsilon ≤ {loose.epsilon:.3g}</b> (RDP, looser)"
+        promise = f"<b>epsilon ≤ {bound(loose.epsilon)}</b> (RDP, looser)"
         if isinstance(tight, Budget) and tight.accountant == "PLD":
-            promise += f"; <b>epsilon {tight.epsilon:.3g}</b> (PLD, tight)"
+            promise += f"; <b>epsilon {bound(tight.epsilon)}</b> (PLD, tight)"
         promise += f" at delta {setting.delta:.3g}. {_strength(loose.epsilon)}"
     elsewhere = ""
     if (setting.batch_size, setting.steps) != (trained.batch_size, trained.steps):

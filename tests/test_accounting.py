@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant
 from opacus.accountants.analysis import rdp
 from scipy.optimize import brentq
@@ -154,3 +156,16 @@ def test_epsilon_is_dp_accountings_own(accountant):
 def test_delta_is_said_as_it_is():
     found = budget(noise_multiplier=2.0, sampling_rate=0.1, steps=10, delta=1.6e-5)
     assert "delta 1.6e-05" in str(found)
+
+
+@given(st.floats(1e-4, 1e6), st.booleans())
+@settings(deadline=None)
+def test_a_bound_is_printed_on_the_side_on_which_it_holds(value, upper):
+    shown = float(accounting.bound(value, upper=upper))
+    assert shown >= value if upper else shown <= value
+    assert shown == pytest.approx(value, rel=0.0101)
+    assert accounting.bound(shown, upper=upper) == f"{shown:.3g}"
+
+
+def test_bounds_of_nothing_and_of_everything():
+    assert accounting.bound(0.0) == "0" and accounting.bound(float("inf")) == "inf" and accounting.bound(9.999) == "10"
