@@ -124,7 +124,7 @@ def demem_view(
     )
     for name, mode, look in (
         ("trained here", "markers+text", {"symbol": "star", "size": 18, "color": COLORS[4], "line": {"width": 1}}),
-        ("chosen on the map", "markers", {"color": COLORS[1]}),
+        ("chosen on the map", "markers", {"color": COLORS[1], "line": {"width": 4}}),
         ("the sliders", "markers", {"symbol": "diamond-open", "size": 36, "color": "black", "line": {"width": 3}}),
     ):
         figure.add_scatter(name=name, mode=mode, marker=look, showlegend=False, row=1, col=1,
@@ -196,9 +196,9 @@ def demem_marks(
     sliders_at = spot(*sliders) if sliders else {"x": [], "y": []}
     if chosen["added"] and sliders_at == chosen_at:
         sliders_at = {"x": [], "y": []}  # the ring around the star says it, and the star's number stays readable
-    frame = {"symbol": "square-open", "size": 42, "line": {"width": 5}}
-    if chosen["added"]:  # a ring no larger than the star, whose number begins where the star ends
-        frame = {"symbol": "circle-open", "size": 22, "line": {"width": 3}}
+    # a ring is no larger than its star, whose number begins where the star ends; the same line for both, because a mark that
+    # nests deeper (marker.line.width) stops the browser's figure from following at all
+    frame = {"symbol": "circle-open", "size": 22} if chosen["added"] else {"symbol": "square-open", "size": 42}
     above = [y >= round(y) for y in stars["y"]]
     return {
         "map": {"text": _numbers(plane, stars)},

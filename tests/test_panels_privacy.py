@@ -286,6 +286,8 @@ def test_a_star_covers_no_number(lab, plane, noise, up):
     panel.noise.value, panel.threshold.value = 3.0, -1.0
     seen = traces(panel)
     assert seen["chosen on the map"].marker.symbol == "square-open" and len(seen["the sliders"].x) == 1
+    deep = [v for mark in panel.marks(row).values() for d in mark.values() if isinstance(d, dict) for v in d.values()]
+    assert deep and not any(isinstance(v, dict) for v in deep)  # the browser's figure would stop following
     rest = [t for r in seen["map"].text for t in r if t != seen["map"].text[1][1]]
     assert rest and all("<br>" not in t for t in rest)
 
