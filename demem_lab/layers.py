@@ -64,11 +64,11 @@ class Linear(Layer):
         self.bias = nn.Parameter(torch.zeros(models, outputs))
 
     def product(self, x: Tensor) -> Tensor:
-        """What `forward` gives, without a record of it."""
-        return torch.baddbmm(self.bias[:, None], x, self.weight)
+        """What `forward` gives, without a record or a graph of it; `baddbmm` copies the bias first and takes a tenth longer."""
+        return torch.bmm(x, self.weight).add_(self.bias[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.record(x, self.product(x))
+        return self.record(x, torch.baddbmm(self.bias[:, None], x, self.weight))
 
     def initialise(self, streams: Streams) -> None:
         with torch.no_grad():

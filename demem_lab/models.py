@@ -143,9 +143,12 @@ class _Dense(Network):
             h = layer.product(h).relu_()
             seen.append(h)
         slope = slope_of(self.linear[-1].product(h).flatten(0, 1)).unflatten(0, (self.models, -1))
+        relu_slope = torch.ops.aten.threshold_backward.grad_input  # in place: 2.5 times as fast
         for layer, h in zip(self.linear[:0:-1], reversed(seen), strict=True):
-            slope = torch.ops.aten.threshold_backward(slope @ layer.weight.mT, h, 0)
-        return (slope @ self.linear[0].weight.mT).view_as(x) / self.std
+            slope = slope @ layer.weight.mT
+            relu_slope(slope, h, 0, grad_input=slope)
+        slope = (slope @ self.linear[0].weight.mT).view_as(x)
+        return slope if self.std == 1 else slope.div_(self.std)
 
 
 class _Convolutional(Network):

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from demem_lab.attacks import PGD, cross_entropy, frozen
+from demem_lab.attacks import PGD, cross_entropy, frozen, softmax
 from demem_lab.streams import Streams
 from demem_lab.validate import finite
 
@@ -223,4 +223,4 @@ class _Away:
 
     def slope(self, logits: Tensor, y: Tensor) -> Tensor:
         """Its gradient at the logits."""
-        return logits.softmax(-1) - self.p
+        return softmax(logits) - self.p

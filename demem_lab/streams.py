@@ -51,15 +51,18 @@ class Streams:
 
     def uniform_rows(self, x: Tensor) -> Tensor:
         """Uniform numbers in [0, 1), shaped like x [M*B, ...]; rows beyond a model's count are 0."""
-        return self._rows(x, torch.rand)
+        return self._rows(x, Tensor.uniform_)
 
     def normal_rows(self, x: Tensor) -> Tensor:
         """Standard normal numbers, shaped like x [M*B, ...]; rows beyond a model's count are 0."""
-        return self._rows(x, torch.randn)
+        return self._rows(x, Tensor.normal_)
 
     def uniform(self, n: int) -> Tensor:
         """[M, n] uniform numbers in [0, 1)."""
-        return torch.stack([torch.rand(n, generator=g, device=self.device) for g in self._generators()])
+        out = torch.empty(len(self.seeds), n, device=self.device)
+        for row, g in zip(out, self._generators(), strict=True):
+            row.uniform_(generator=g)
+        return out
 
     def normal(self, n: int) -> Tensor:
         """[M, n] standard normal numbers."""
@@ -68,13 +71,13 @@ class Streams:
             row.normal_(generator=g)
         return out
 
-    def _rows(self, x: Tensor, draw) -> Tensor:
+    def _rows(self, x: Tensor, fill) -> Tensor:
         models = len(self.seeds)
         out = torch.zeros_like(x).view(models, -1, *x.shape[1:])
         for m, g in enumerate(self._generators()):
             rows = out.shape[1] if self.counts is None else int(self.counts[m])
             if rows:
-                out[m, :rows] = draw(rows, *x.shape[1:], generator=g, device=x.device, dtype=x.dtype)
+                fill(out[m, :rows], generator=g)
         return out.view_as(x)
 
     def _generators(self):
