@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from demem_lab import data, farm, queries, risk, training
-from demem_lab.attacks import PGD, margin
+from demem_lab.attacks import PGD, cross_entropy, margin
 from demem_lab.data import Dataset
 from demem_lab.live import Watch
 from demem_lab.mechanisms import DPSGD, Mechanism, Plain
@@ -140,12 +140,18 @@ class Experiment:
             "query": self.query, "trace": trace, "delta": self.delta, "device": farm.device(self.device).type,
         }
 
-    def _query(self, label: str, recipe: Recipe, members, seeds: Sequence[int], trace: bool = False):
+    def _trained(self, label: str, recipe: Recipe, members, seeds: Sequence[int], trace: bool = False):
+        """The models, and how to ask them."""
         ensemble = training.train(
             self.dataset, members, recipe, seeds=seeds, device=self.device, store=self.store, trace=trace,
             progress=self.progress, label=label, watch=self.watch,
         )
-        ask = partial(queries.outputs, ensemble, self.dataset, device=self.device, stop=self.watch and self.watch.stop)
+        return ensemble, partial(
+            queries.outputs, ensemble, self.dataset, device=self.device, stop=self.watch and self.watch.stop
+        )
+
+    def _query(self, label: str, recipe: Recipe, members, seeds: Sequence[int], trace: bool = False):
+        ensemble, ask = self._trained(label, recipe, members, seeds, trace)
         clean, moved = ask(), ask(attack=self.query)
         # heavy noise blows logits up until cross-entropy is flat and PGD stands still: robust only by blindness.
         # The margin loss cannot be blinded that way, so a sample counts as robust when both attacks fail.
@@ -238,12 +244,20 @@ class Experiment:
         members = self.members(self.tuning_seed, models)
         recipe = self.recipe(lr=tuple(r for r in rates for _ in range(models)), **changes)
         seeds = model_seeds(self.tuning_seed, models) * len(rates)
-        run = self.tables(f"{name}: tuning", recipe, members.repeat(len(rates), 1), seeds, seed=self.tuning_seed)
-        found = {}
-        for number, rate in enumerate(rates):
-            part = run.part(slice(number * models, (number + 1) * models))
-            found[rate] = {kind: float(ok[~part.members].mean()) for kind, ok in part.right.items()}
-        return found
+        members, y = members.repeat(len(rates), 1), self.dataset.y.numpy()
+
+        def compute():
+            _, ask = self._trained(f"{name}: tuning, seed {self.tuning_seed}", recipe, members, seeds)
+            clean = (ask().argmax(-1) == y) & ~members.numpy()
+            robust = clean
+            for loss in (cross_entropy, margin):  # only non-members count, and whoever has fallen is decided
+                robust = robust & (ask(attack=self.query, loss=loss, only=robust).argmax(-1) == y)
+            return {"clean": clean, "robust": robust}, {}
+
+        right = self.store.compute("tuning", self._config(recipe, members, seeds), compute, modules=MODULES).arrays
+        outside = (~members.numpy()).reshape(len(rates), -1)
+        rows = {kind: ok.reshape(len(rates), -1).sum(1) / outside.sum(1) for kind, ok in right.items()}
+        return {rate: {kind: float(values[number]) for kind, values in rows.items()} for number, rate in enumerate(rates)}
 
 
 def dp_rates(noise_multiplier: float) -> tuple[float, ...]:

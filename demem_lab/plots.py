@@ -22,6 +22,23 @@ from plotly.subplots import make_subplots
 from demem_lab.comparison import METRICS, Comparison, spell
 from demem_lab.leakage import Interval
 
+
+def _load_nbformat() -> None:
+    """nbformat, which plotly asks for its version, without the grammar of internet addresses that it brings along.
+
+    It takes 2 s in every kernel, for a check of addresses that nobody makes here; whoever imports it later still can.
+    """
+    name = "rfc3987_syntax"
+    if "ipykernel" not in sys.modules or name in sys.modules or "jsonschema" in sys.modules:
+        return
+    sys.modules[name] = None  # "not installed", for as long as the import takes
+    try:
+        import nbformat  # noqa: F401
+    finally:
+        del sys.modules[name]
+
+
+_load_nbformat()
 if "google.colab" not in sys.modules:
     if "plotly.io._renderers" in sys.modules:
         pio.renderers.default = "plotly_mimetype"
