@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from demem_lab.store import Store
 from demem_lab.streams import Streams
 from demem_lab.validate import choice, finite, images, integer, labels
 
@@ -237,19 +238,32 @@ def robust_accuracy(net, x: Tensor, y: Tensor, attacks: Sequence[PGD], *, rng=No
     return withstands(net, x, y, attacks, rng=rng).double().mean().item()
 
 
-def autoattack(net, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", batch_size: int = 64) -> Tensor:
+def autoattack(
+    net, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", batch_size: int = 64, store: Store | None = None
+) -> Tensor:
     """AutoAttack (standard: APGD-CE, APGD-T, FAB-T, Square) through pyautoattack; moved images [B, C, H, W].
 
-    The honest judge: parameter-free, stronger than any single PGD. Raises ImportError with the fix when the optional
+    The honest judge: parameter-free, stronger than any single PGD. store: where what it found is kept, under the module's
+    weights and the images: it takes long, and is always the same. Raises ImportError with the fix when the optional
     package is missing, ValueError when there are fewer than 4 classes (its targeted attacks need them).
     """
+    check_query(net, x, y)
+    choice("norm", norm, ("linf", "l2"))
+    if store is not None and isinstance(net, nn.Module):
+        plain = {name: v for name, v in vars(net).items() if isinstance(v, (int, float, str)) and name != "training"}
+        config = {"weights": dict(net.state_dict()), "network": f"{net}", "settings": plain}
+        config |= {"x": x, "y": y, "eps": eps, "norm": norm}
+
+        def compute():
+            return {"moved": autoattack(net, x, y, eps=eps, norm=norm, batch_size=batch_size).cpu().numpy()}
+
+        kept = store.compute("autoattack", config, compute, modules=("attacks", "networks", "models", "layers"))
+        return torch.from_numpy(kept.arrays["moved"]).to(x)
     try:
         from pyautoattack import AutoAttack
     except ImportError:
         fix = "install it with: pip install 'demem-lab[attacks]'"
         raise ImportError(f"AutoAttack needs the package pyautoattack; {fix}") from None
-    check_query(net, x, y)
-    choice("norm", norm, ("linf", "l2"))
     with frozen(net):
         classes = net(x[:1]).shape[-1]
         if classes < 4:

@@ -229,7 +229,7 @@ def test_margin_loss_sees_through_a_saturated_softmax():
     assert withstood[0] > withstood[1] + 0.3
 
 
-def test_autoattack_is_no_weaker_than_pgd(digits):
+def test_autoattack_is_no_weaker_than_pgd_and_kept_for_these_weights_and_images(digits, store, monkeypatch):
     pytest.importorskip("pyautoattack", reason="install demem-lab[attacks]")
     net = MLP((32,)).build(models=1, shape=(1, 8, 8), classes=10, seeds=(0,))
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
@@ -244,6 +244,19 @@ def test_autoattack_is_no_weaker_than_pgd(digits):
     left = (attacks.predictions(net, moved) == y).double().mean().item()
     assert left <= attacks.robust_accuracy(net, x, y, [PGD(0.1, 20)], rng=torch.Generator().manual_seed(0)) + 1e-9
     assert all(p.requires_grad for p in net.parameters())
+    kept = attacks.autoattack(net, x, y, eps=0.1, store=store)
+    assert torch.equal(kept, moved) and kept.dtype == x.dtype
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    assert torch.equal(attacks.autoattack(net, x, y, eps=0.1, store=store), moved)
+    for other in ({"eps": 0.2}, {"norm": "l2"}):
+        with pytest.raises(ImportError):
+            attacks.autoattack(net, x, y, **{"eps": 0.1, **other}, store=store)
+    with pytest.raises(ImportError):
+        attacks.autoattack(net, x[:5], y[:5], eps=0.1, store=store)
+    with torch.no_grad():
+        next(net.parameters()).add_(1e-3)
+    with pytest.raises(ImportError):
+        attacks.autoattack(net, x, y, eps=0.1, store=store)
 
 
 def test_autoattack_says_what_is_missing(monkeypatch):
