@@ -31,7 +31,8 @@ def main() -> int:
         found = importlib.import_module(name).jobs(chosen.quick)
         print(f"\n{name}, {time.monotonic() - started:.0f} s\n{table(found)}", flush=True)
         rows += found
-    page = write("bench-quick" if chosen.quick else "bench", rows, time.monotonic() - begun)
+        # after each part, so that a run that is cut off keeps what it has
+        page = write("bench-quick" if chosen.quick else "bench", rows, time.monotonic() - begun)
     broken = [row for row in rows if row.job == MEMORY_LIMIT and not row.met]
     for row in broken:
         print(f"over its memory limit: {row.shape}: {row.note}, at most {row.peer}")
