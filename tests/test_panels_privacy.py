@@ -11,7 +11,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
 from demem_lab import controls, panels_privacy, training, views_privacy, words_privacy
-from demem_lab.accounting import NoGuarantee, budget
+from demem_lab.accounting import NoGuarantee, bound, budget
 from demem_lab.comparison import compare
 from demem_lab.mechanisms import DPSGD, Drop
 from demem_lab.panels_privacy import BudgetPanel, DeMemPanel
@@ -80,7 +80,7 @@ def test_epsilon_follows_every_control_and_is_the_accountants(budget_panel):
         sigma, rate = panel.noise.value, panel.batch.value / 898.5
         ledger = RdpAccountant().compose(event(sigma, rate, panel.steps.value))
         wanted = ledger.get_epsilon(10**panel.power.value)
-        assert f"epsilon ≤ {wanted:.3g}" in text(panel)
+        assert f"epsilon ≤ {bound(wanted)}" in text(panel)
         seen = traces(panel)
         assert list(seen["your setting"].x) == [sigma] and seen["your setting"].y[0] == pytest.approx(wanted)
         place = 5  # any point of the curve
@@ -94,7 +94,7 @@ def test_pld_stands_at_trained_settings_and_elsewhere_on_demand(budget_panel):
     panel = budget_panel
     panel.noise.value = 1.0
     tight = PLDAccountant().compose(event(1.0, RATE, STEPS)).get_epsilon(DELTA)
-    assert f"epsilon {tight:.3g} (PLD, tight)" in text(panel)
+    assert f"epsilon {bound(tight)} (PLD, tight)" in text(panel)
     assert list(traces(panel)["PLD (tight)"].x) == [0.5, 1.0, 3.0]
     panel.noise.value, panel.steps.value = 1.4, 50
     assert "(PLD, tight)" not in text(panel) and list(traces(panel)["PLD (tight)"].x) == []
@@ -102,7 +102,7 @@ def test_pld_stands_at_trained_settings_and_elsewhere_on_demand(budget_panel):
     panel.button.click()
     panel.job.join(120)
     tight = PLDAccountant().compose(event(1.4, RATE, 50)).get_epsilon(DELTA)
-    assert f"epsilon {tight:.3g} (PLD, tight)" in text(panel) and not panel.button.disabled
+    assert f"epsilon {bound(tight)} (PLD, tight)" in text(panel) and not panel.button.disabled
     assert traces(panel)["PLD (tight)"].y[0] == pytest.approx(tight)
     panel.seconds, panel.noise.value = 0.01, 1.7
     panel.button.click()

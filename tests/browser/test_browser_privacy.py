@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from lab import browser_page, lab_server, open_and_run
 
+from demem_lab.accounting import bound
 from demem_lab.comparison import measure
 from demem_lab.experiment import best_rate, profile
 from demem_lab.mechanisms import DPSGD
@@ -125,7 +126,7 @@ def test_the_budget_panel_of_notebook_04(tmp_path):
             sigma, batch, steps, power = (shown.value(i) for i in range(4))
             once = dp.PoissonSampledDpEvent(batch / members, dp.GaussianDpEvent(sigma))
             wanted = RdpAccountant().compose(dp.SelfComposedDpEvent(once, int(steps))).get_epsilon(10**power)
-            shown.wait_for(f"epsilon ≤ {wanted:.3g}")
+            shown.wait_for(f"epsilon ≤ {bound(wanted)}")
             seen, place = shown.traces("your setting", [sigma]), min(range(4), key=lambda i: abs(axis[i] - sigma))
             assert np.allclose(seen["your setting"]["y"], wanted) and np.allclose(seen["your setting"]["x"], sigma)
             assert seen["nearest trained 1"]["x"] == [place, place]
