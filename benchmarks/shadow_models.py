@@ -24,9 +24,22 @@ from demem_lab.training import Recipe, train
 EPS, STEPS, LR = 0.1, 5, 0.05
 
 
+class Normalised(nn.Module):
+    """Pixels as the first layer sees them."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
 def torch_model(spec: MLP | SmallCNN, shape: tuple[int, int, int]) -> nn.Sequential:
     """The same architecture from torch's own layers, which start where ours do."""
     net = _layers(spec, shape)
+    if (spec.mean, spec.std) != (0.0, 1.0):
+        net.insert(0, Normalised(spec.mean, spec.std))
     for layer in net:
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(layer.weight)
