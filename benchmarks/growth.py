@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from harness import Row, judged, times
 
-from demem_lab import data, queries, training
+from demem_lab import chunks, data, queries, training
 from demem_lab.attacks import PGD
 from demem_lab.leakage import evaluate
 from demem_lab.membership import lira, rmia
@@ -74,7 +74,7 @@ def models(quick: bool) -> list[Row]:
     found = times({"alone": alone.advance, "at once": together.advance}, rounds=5)
     ratios = [sizes[-1] * a / b for a, b in zip(found["alone"], found["at once"], strict=True)]
     rows.append(judged("M at once", f"the same step, {sizes[-1]} models", "one by one", ratios))
-    chosen = training.chunk_size(together.job)
+    chosen = chunks.chunk_size(together.job, sizes[-1])
     rows.append(judged("M at once", f"{sizes[-1]} models", "models in one product, as the probe chose", [chosen], unit="models"))
     return rows
 
@@ -117,13 +117,12 @@ def _held(action) -> int:
 
 
 def memory(quick: bool) -> list[Row]:
-    """Peak memory of training M models, beyond what a process with one of them has, each in a process of its own."""
+    """Peak memory of a process that trains M models, torch and all, each in a process of its own."""
     if quick:
         return []
     sizes = [16, 64, 256]
-    bare, *peaks = (_peak_of(f"{m}, MLP(), 8")[0] for m in (2, *sizes))
-    taken = np.array([[p - bare] for p in peaks])
-    return powers("memory against M", "PGD-3 AT, MLP 64-128-128-10, beyond 2 models", "M", sizes, taken)
+    peaks = np.array([[_peak_of(f"{m}, MLP(), 8")[0]] for m in sizes])
+    return powers("memory against M", "PGD-3 AT, MLP 64-128-128-10, the whole process", "M", sizes, peaks)
 
 
 def parameters(quick: bool) -> list[Row]:
