@@ -78,4 +78,4 @@ def test_flags_refuses_wrong_length_and_type(mask, words):
 
 @pytest.mark.parametrize("value", [True, False])
 def test_nobody_and_everybody_are_legal_flags(value):
-    validate.flags("protected", np.full(5, value), n=5)
+    assert validate.flags("protected", np.full(5, value), n=5) is None  # no complaint
