@@ -20,8 +20,8 @@ from demem_lab.experiment import Experiment, profile
 from demem_lab.streams import model_seeds
 
 # `make tour`, profile lesson, two CPU cores, November 2026: seconds with nothing kept but the earlier notebooks' results
-MEASURED = {"00": 26, "01": 36, "02": 54, "03": 54, "04": 88, "05": 195}
-KEPT = 84 / 6  # seconds of one of these notebooks when all its results are kept
+MEASURED = {"00": 25, "01": 32, "02": 54, "03": 56, "04": 95, "05": 179}
+KEPT = 77 / 6  # seconds of one of these notebooks when all its results are kept
 STEP = 0.0115  # seconds of one step of the lesson's 16 models, on the same two cores
 DIGITS = 1797  # images of the lesson
 PROBE_SECONDS = 1.0
