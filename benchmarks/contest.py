@@ -158,7 +158,7 @@ class Contest:
 
     def main(self) -> dict[str, list[Run]]:
         """The arms of every setting."""
-        release, out = GradedRelease, {}
+        lab, release, out = self.lab, GradedRelease, {}
         for power in (4, 8):
             name = f"release k={power}"
             out[name] = self.chosen(name, release, self.until(power))
@@ -168,6 +168,12 @@ class Contest:
         for fraction in (0.1, 0.2):
             name = f"drop {fraction:.0%}"
             out[name] = self.chosen(name, Drop, self.flags(fraction))
+        if not isinstance(self.objective, AWP):  # its perturbation comes from those who are not clipped: nobody
+            clip = lab.rate_for_everybody(0.0)
+            out["clip everybody"] = self.arm("clip everybody", DPSGD(0.0), lr=clip)
+            for power in (4, 8):
+                name = f"release k={power} + clip everybody"
+                out[name] = self.chosen(name, ClippedRelease, self.until(power), lr=clip)
         return out
 
     def more(self) -> dict[str, list[Run]]:
@@ -182,8 +188,6 @@ class Contest:
         for noise in (0.1, 0.3):
             name = f"SelectiveDP 20%, noise {noise:g}"
             out[name] = self.chosen(name, lambda f, n=noise: SelectiveDP(n, 1.0, f), self.flags(0.2))
-        clip = lab.rate_for_everybody(0.0)
-        out["clip everybody"] = self.arm("clip everybody", DPSGD(0.0), lr=clip)
         noisy = lab.rate_for_everybody(0.3)
         out["DP everybody, noise .3"] = self.arm("DP everybody, noise .3", DPSGD(0.3), lr=noisy)
         out["budgets, noise .3"] = self.budgets("budgets, noise .3", 0.3, noisy)
@@ -193,9 +197,6 @@ class Contest:
         out["ClassVariance .2"] = self.arm("ClassVariance .2", ClassVariance(0.2))
         out["clean for 10%"] = self.clean_for("clean for 10%", 0.1)
         out["release k=4 + clean for 10%"] = self.clean_for("release k=4 + clean for 10%", 0.1, self.until(4))
-        for power in (4, 8):
-            name = f"release k={power} + clip everybody"
-            out[name] = self.chosen(name, ClippedRelease, self.until(power), lr=clip)
         steps = lab.run("none", seed=lab.seeds[0]).steps
 
         def leave(power: float):
