@@ -249,10 +249,24 @@ class SelectiveDP(Mechanism):
         return [part.view_as(s).add_(s, alpha=1 / batch.divisor) for s, part in zip(sums, noise.split(sizes, 1), strict=True)]
 
     def _clip_factors(self, by_layer, batch: Batch, losses: Tensor) -> Tensor:
-        norms = sum(layer.sample_norms(own) for layer, own in by_layer).clamp_min(0).sqrt()  # [M, B]
+        clipped = self._is_protected(batch) & batch.valid
+        rows = self._few(clipped, by_layer)
+        norms = sum(layer.sample_norms(own, rows) for layer, own in by_layer).clamp_min(0).sqrt()  # [M, B], or of `rows`
         bound = _per_model(self.max_grad_norm, losses).reshape(-1, 1)
-        factor = torch.where(self._is_protected(batch), bound / norms.clamp_min(bound), torch.ones_like(norms))
-        return torch.where(batch.valid, factor, 0)
+        factor = bound / norms.clamp_min(bound)
+        if rows is not None:
+            factor = torch.ones_like(losses).scatter(1, rows, factor)
+        return torch.where(batch.valid, torch.where(clipped, factor, 1.0), 0.0)
+
+    def _few(self, clipped: Tensor, by_layer) -> Tensor | None:
+        """int64 [M, R], the rows whose norms are needed (and some that fill up); None where all may as well be asked.
+
+        Norms of convolutions cost as much as a plain step (one that protects a tenth: 2.2 becomes 1.2 plain steps).
+        """
+        if self.protected is None or not any(layer.costly for layer, _ in by_layer):
+            return None
+        most = max(1, int(clipped.sum(1).max()))
+        return None if 2 * most > clipped.shape[1] else clipped.int().argsort(1, descending=True)[:, :most]
 
     def _is_protected(self, batch: Batch) -> Tensor:
         if self.protected is None:

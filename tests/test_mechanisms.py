@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
+from demem_lab import layers
 from demem_lab.attacks import PGD
 from demem_lab.mechanisms import DPSGD, Batch, DownWeight, Drop, LossVariance, Plain, SelectiveDP
 from demem_lab.models import MLP, SmallCNN
@@ -57,6 +58,56 @@ def test_selective_update_equals_the_loop(spec):
     wanted = ((own * factor[..., None]).sum(1) + noise) / 10
     found = update(SelectiveDP(0.7, bound, protected), net, x, y, batch)
     assert torch.allclose(found, wanted, atol=1e-8)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0], ids=["few protected", "half", "everybody"])
+@pytest.mark.parametrize("objective", [Natural(), TRADES(PGD(0.1, 1, random_start=False))], ids=["one pass", "two passes"])
+@pytest.mark.parametrize(("patches", "written"), [(2**20, 2**24), (1, 2**24), (5000, 0)],
+                         ids=["at once", "sample by sample", "in parts, nothing kept"])
+def test_every_way_through_a_convolution_gives_the_same_clipped_sum(share, objective, patches, written, monkeypatch):
+    """Norms of all or of few, patches in parts, gradients kept or computed again: values as from single samples."""
+    monkeypatch.setattr(layers, "PATCHES", (patches, patches))
+    monkeypatch.setattr(layers, "WRITTEN", written)
+    net, x, y, _ = problem(SmallCNN(width=4, hidden=6))
+    generator = torch.Generator().manual_seed(3)
+    index = torch.stack([torch.randperm(N, generator=generator)[:10] for _ in range(M)])
+    valid = torch.ones(M, 10, dtype=torch.bool)
+    valid[1, 7:] = False
+    batch = Batch(index, valid, 10.0, 0, 100, Streams((8, 9), "noise", 0))
+    protected = torch.arange(N) < share * N
+    flat = index.flatten()
+
+    def seen():
+        return objective(net, x[flat], y[flat], flat, rng=Streams((0, 1), "attack"))
+
+    own = torch.stack([
+        torch.cat([g[b // 10].flatten() for g in torch.autograd.grad(seen().loss[b], list(net.parameters()))])
+        for b in range(M * 10)
+    ]).view(M, 10, -1)
+    bound = float(own.norm(dim=2).median())
+    factor = torch.where(protected[index], bound / own.norm(dim=2).clamp_min(bound), 1.0) * valid
+    for _ in range(2):  # what the first step kept must not be found by the second, which meets other weights
+        with net.recording(True):
+            found = SelectiveDP(0.0, bound, protected).update(net, seen(), batch)
+        assert torch.allclose(torch.cat([g.flatten(1) for g in found], 1), (own * factor[..., None]).sum(1) / 10, atol=1e-9)
+
+
+def test_what_norms_kept_serves_only_the_same_gradients():
+    """Clip factors of one backward pass must never meet another's gradients."""
+    net, x, y, batch = problem(SmallCNN(width=4, hidden=6))
+    flat = batch.index.flatten()
+    with net.recording(True):
+        losses = Natural()(net, x[flat], y[flat], flat, rng=None).loss
+        conv = next(layer for layer in net.layers if isinstance(layer, layers.Conv))
+        out = [conv.calls[0][1]]
+        first = list(torch.autograd.grad(losses.sum(), out, retain_graph=True))
+        second = list(torch.autograd.grad(losses[:3].sum(), out))
+        weights = torch.rand(M, B, dtype=torch.float64)
+        wanted = conv.weighted_gradients(second, weights)
+        conv.sample_norms(first)
+        found = conv.weighted_gradients(second, weights)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
 
 
 def test_everybody_is_dpsgd_and_nobody_is_plain():
