@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from demem_lab.streams import Streams
 
-
 # Floats of patches at a time, on a CPU and on a GPU: the cache of a core, and no more memory than a network needs anyway.
 PATCHES = 2**20, 2**26
 WRITTEN = 2**24  # floats of per-sample gradients kept between norms and their weighted sum
