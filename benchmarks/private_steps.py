@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +14,49 @@ from shadow_models import twin_of
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+from demem_lab.layers import Conv, Linear
 from demem_lab.mechanisms import DPSGD, Batch, Mechanism, Plain, SelectiveDP
-from demem_lab.models import MLP, SmallCNN
+from demem_lab.models import MLP, ResNet18, SmallCNN
+from demem_lab.networks import Network, initialised
 from demem_lab.objectives import Natural
 from demem_lab.streams import Streams
 
 BOUND = 1.0
 
 
+class _Pooled(Network):
+    """The network of most MNIST scripts: two 3x3 convolutions of 32 and 64 channels, each pooled, and 128 hidden units."""
+
+    def __init__(self, models: int) -> None:
+        super().__init__(models, 0.0, 1.0)
+        self.conv = nn.ModuleList([Conv(models, 1, 32), Conv(models, 32, 64)])
+        self.linear = nn.ModuleList([Linear(models, 64 * 7 * 7, 128), Linear(models, 128, 10)])
+
+    def body(self, x):
+        for conv in self.conv:
+            x = F.max_pool2d(F.relu(conv(x)), 2)
+        return self.linear[1](F.relu(self.linear[0](x.flatten(1)[None])))[0]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """One such network for 28x28, ours and torch's."""
+
+    def build(self, *, models, shape, classes, seeds) -> Network:
+        assert (models, tuple(shape), classes) == (1, (1, 28, 28), 10)
+        return initialised(_Pooled(models), seeds, "cpu")
+
+    def torch_model(self) -> nn.Sequential:
+        parts = [part for a, b in ((1, 32), (32, 64)) for part in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))]
+        return nn.Sequential(*parts, nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
 class Case:
     """One network and batch; every way returns the clipped sum of gradients as one flat vector."""
 
-    def __init__(self, spec: MLP | SmallCNN, side: int, batch: int) -> None:
+    def __init__(self, spec, side: int, batch: int, channels: int = 1) -> None:
         warnings.filterwarnings("ignore")
-        shape = (1, side, side)
+        shape = (channels, side, side)
         self.batch, self.shape = batch, shape
         generator = torch.Generator().manual_seed(0)
         self.x, self.y = torch.rand(batch, *shape, generator=generator), torch.arange(batch) % 10
@@ -114,47 +144,62 @@ def _length(sums) -> torch.Tensor:
     return torch.stack([s.square().sum() for s in sums]).sum().sqrt()
 
 
+def _against_peers(name: str, spec, side: int, batch: int, most: float, faster: float, rounds: int) -> list[Row]:
+    """DP-SGD against Opacus' modes and vmap, all with noise, and against our own plain step."""
+    case = Case(spec, side, batch)
+    shape = f"{name}, {case.parameters // 1000}k parameters, {side}x{side}, batch {batch}, 1 thread"
+    peers = {f"Opacus {mode}": opacus_mode(case, spec, mode) for mode in ("hooks", "functorch")}
+    peers |= {"Opacus ghost": opacus_ghost(case, spec), "vmap(grad)": by_vmap(case, spec)}
+    ours = _length(case.step(DPSGD(0.0, BOUND)))
+    for peer, clipped in peers.items():  # the same clipped sum, or it is not the same job
+        torch.testing.assert_close(_length(clipped(noise=False)), ours, rtol=2e-4, atol=0, msg=lambda m, p=peer: f"{p}: {m}")
+    private, plain = DPSGD(1.0, BOUND), Plain()
+    rows = versus(
+        "DP-SGD step", shape, {"ours": lambda: case.step(private), **peers}, rounds=rounds, targets=dict.fromkeys(peers, faster)
+    )
+    return rows + versus(
+        "DP-SGD step", shape, {"ours": lambda: case.step(private), "a plain step": lambda: case.step(plain)}, rounds=rounds,
+        targets={"a plain step": most}, at_most=True,
+    ) + versus(
+        "DP-SGD step without noise", shape,
+        {"ours": lambda: case.step(DPSGD(0.0, BOUND)), "a plain step": lambda: case.step(plain)}, rounds=rounds, at_most=True,
+    )
+
+
+def _selective(name: str, case: Case, rounds: int, most: float | None) -> list[Row]:
+    """SelectiveDP with a tenth protected against DP-SGD, a plain step, and a pass for each of the two groups."""
+    batch = case.batch
+    shape = f"{name}, {case.parameters // 1000}k parameters, {case.shape[1]}x{case.shape[2]}, batch {batch}, 1 thread"
+    flags = torch.arange(batch) < batch // 10
+    selective, private, plain = SelectiveDP(1.0, BOUND, flags), DPSGD(1.0, BOUND), Plain()
+
+    def two_passes():
+        for rows_of, mechanism in ((case.index[~flags], plain), (case.index[flags], private)):
+            valid = torch.ones(1, len(rows_of), dtype=torch.bool)
+            part = Batch(rows_of[None], valid, 1.0, 0, 1, Streams((0,), "noise"))
+            with case.net.recording(mechanism.per_sample):
+                mechanism.update(case.net, Natural()(case.net, case.x[rows_of], case.y[rows_of], rows_of, rng=None), part)
+
+    ways = {
+        "ours": lambda: case.step(selective), "DP-SGD": lambda: case.step(private), "two separate passes": two_passes,
+        "a plain step": lambda: case.step(plain),
+    }
+    return versus(
+        "SelectiveDP step, 10 % protected", shape, ways, rounds=rounds, at_most=True,
+        targets={"DP-SGD": 1.05} | ({"a plain step": most} if most else {}),
+    )
+
+
 def jobs(quick: bool) -> list[Row]:
-    """DP-SGD and SelectiveDP steps of an MLP and a CNN."""
+    """DP-SGD and SelectiveDP steps of MLPs and CNNs."""
     rows, rounds = [], 4 if quick else 15
-    cases = [("MLP", MLP(), 20, 256, 1.4, 2.0)] if quick else [
-        ("MLP", MLP(), 20, 256, 1.4, 2.0), ("small CNN", SmallCNN(width=32, hidden=128), 28, 128, 2.0, 1.3),
+    cases = [("MLP 64-256-256-10", MLP(hidden=(256, 256)), 8, 256, 1.4, 2.0)] if quick else [
+        ("MLP 64-256-256-10", MLP(hidden=(256, 256)), 8, 256, 1.4, 2.0), ("CNN with pooling", Pooled(), 28, 128, 2.0, 1.3),
+        ("small CNN of width 32", SmallCNN(width=32, hidden=128), 28, 128, 2.0, 1.3),
     ]
     for name, spec, side, batch, most, faster in cases:
-        case = Case(spec, side, batch)
-        shape = f"{name}, {case.parameters // 1000}k parameters, {side}x{side}, batch {batch}, 1 thread"
-        peers = {f"Opacus {mode}": opacus_mode(case, spec, mode) for mode in ("hooks", "functorch")}
-        peers |= {"Opacus ghost": opacus_ghost(case, spec), "vmap(grad)": by_vmap(case, spec)}
-        ours = _length(case.step(DPSGD(0.0, BOUND)))
-        for peer, clipped in peers.items():  # the same clipped sum, or it is not the same job
-            torch.testing.assert_close(_length(clipped(noise=False)), ours, rtol=2e-4, atol=0, msg=lambda m, p=peer: f"{p}: {m}")
-        private, plain = DPSGD(1.0, BOUND), Plain()
-        rows += versus(
-            "DP-SGD step", shape, {"ours": lambda c=case, m=private: c.step(m), **peers}, rounds=rounds,
-            targets=dict.fromkeys(peers, faster),
-        )
-        rows += versus(
-            "DP-SGD step", shape,
-            {"ours": lambda c=case, m=private: c.step(m), "a plain step": lambda c=case, m=plain: c.step(m)},
-            rounds=rounds, targets={"a plain step": most}, at_most=True,
-        )
-        flags = torch.arange(batch) < batch // 10
-        selective = SelectiveDP(1.0, BOUND, flags)
-
-        def two_passes(c=case, flags=flags, batch=batch):
-            rest, few = c.index[~flags], c.index[flags]
-            for rows_of, mechanism in ((rest, Plain()), (few, DPSGD(1.0, BOUND))):
-                valid = torch.ones(1, len(rows_of), dtype=torch.bool)
-                part = Batch(rows_of[None], valid, 1.0, 0, 1, Streams((0,), "noise"))
-                with c.net.recording(mechanism.per_sample):
-                    mechanism.update(c.net, Natural()(c.net, c.x[rows_of], c.y[rows_of], rows_of, rng=None), part)
-
-        ways = {
-            "ours": lambda c=case, m=selective: c.step(m), "DP-SGD": lambda c=case, m=private: c.step(m),
-            "two separate passes": two_passes, "a plain step": lambda c=case, m=plain: c.step(m),
-        }
-        rows += versus(
-            "SelectiveDP step, 10 % protected", shape, ways, rounds=rounds, at_most=True,
-            targets={"DP-SGD": 1.05} | ({"a plain step": 1.4} if name == "small CNN" else {}),
-        )
+        rows += _against_peers(name, spec, side, batch, most, faster, rounds)
+        rows += _selective(name, Case(spec, side, batch), rounds, None if isinstance(spec, MLP) else 1.4)
+    if not quick:
+        rows += _selective("ResNet-18 of width 16", Case(ResNet18(width=16), 32, 64, channels=3), 7, 1.4)
     return rows

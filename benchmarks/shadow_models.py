@@ -37,6 +37,8 @@ class Normalised(nn.Module):
 
 def torch_model(spec: MLP | SmallCNN, shape: tuple[int, int, int]) -> nn.Sequential:
     """The same architecture from torch's own layers, which start where ours do."""
+    if hasattr(spec, "torch_model"):
+        return spec.torch_model()
     net = _layers(spec, shape)
     if (spec.mean, spec.std) != (0.0, 1.0):
         net.insert(0, Normalised(spec.mean, spec.std))

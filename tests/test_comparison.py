@@ -48,16 +48,18 @@ def test_every_number_by_hand(runs):
             for prefix, who in (("", ~run.members), ("member ", run.members)):
                 hits = [ok[m, i] for m in range(M) for i in range(N) if who[m, i] and inside[i]]
                 assert found[group, prefix + metric] == pytest.approx(np.mean(hits))
-        rates, areas = {}, {}
+        rates, areas, accused = {}, {}, {}
         for query in ("clean", "adversarial"):
-            per_model, areas[query] = [], []
+            per_model, areas[query], accused[query] = [], [], []
             for s, m in zip(run.scores[query], run.members, strict=True):
                 out = np.sort(s[~m])[::-1]
                 per_model.append((s[m & inside] > out[int(fpr * len(out))]).mean())  # one global threshold
+                accused[query].append((s[~m & inside] > out[int(fpr * len(out))]).mean())
                 areas[query].append((s[m & inside][:, None] > s[~m]).mean())
             rates[query] = np.mean(per_model)
             assert found[group, f"leak {query}"] == pytest.approx(rates[query])
         assert found[group, "leak"] == pytest.approx(max(rates.values()))
+        assert found[group, "accused"] == pytest.approx(np.mean(accused[max(rates, key=rates.get)]))
         assert found[group, "auc"] == pytest.approx(max(np.mean(a) for a in areas.values()))
 
 

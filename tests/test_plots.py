@@ -1,6 +1,8 @@
 """Figures show the numbers they were given, and nothing else."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -116,3 +118,12 @@ def test_mosaic_puts_each_picture_in_its_place(channels):
 def test_figures_are_small_data_and_not_a_megabyte_of_javascript(report):
     assert pio.renderers.default == "plotly_mimetype"
     assert len(json.dumps(plots.frontier(report).to_plotly_json(), default=str)) < 20_000
+
+
+def test_a_kernel_may_still_import_what_plots_left_out():
+    """Addresses' grammar is kept out of plotly's import only: a later import must not meet a module that is None."""
+    script = (
+        "import sys, types; sys.modules['ipykernel'] = types.ModuleType('ipykernel'); from demem_lab import plots; "
+        "assert 'nbformat' in sys.modules and 'rfc3987_syntax' not in sys.modules; import nbformat; nbformat.validate"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -95,6 +95,9 @@ def test_measuring_equals_a_slow_reading():
             allowed = int(0.05 * len(negative))
             positive = scores[m][members[m] & top]
             assert found[f"{attack}: found at 5 %, at risk"][m] == pytest.approx((positive > negative[allowed]).mean())
+            for group, inside in (("at risk", top), ("rest", ~top)):
+                accused = scores[m][~members[m] & inside] > negative[allowed]
+                assert found[f"{attack}: accused at 5 %, {group}"][m] == pytest.approx(accused.mean())
 
 
 def test_rates_that_the_non_members_cannot_resolve_are_left_out():

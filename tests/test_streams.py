@@ -31,6 +31,9 @@ def test_distributions():
     stream = Streams((3,), "d")
     assert stats.kstest(stream.uniform(20_000)[0].numpy(), "uniform").pvalue > 1e-4
     assert stats.kstest(stream.fork(1).normal(20_000)[0].numpy(), "norm").pvalue > 1e-4
+    rows = torch.empty(100, 200)
+    assert stats.kstest(stream.fork(2).normal_rows(rows).flatten().numpy(), "norm").pvalue > 1e-4
+    assert stats.kstest(stream.fork(3).uniform_rows(rows).flatten().numpy(), "uniform").pvalue > 1e-4
 
 
 def test_keys_are_63_bit_and_seeds_are_unrelated():

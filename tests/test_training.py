@@ -77,11 +77,12 @@ def test_chunks_and_workers_change_nothing(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [2, None])
-def test_training_inside_no_grad(tiny, chunk):
-    right = train(tiny, MEMBERS, RECIPES["plain"], seeds=SEEDS, chunk=chunk)
+def test_training_inside_no_grad(tiny, chunk, monkeypatch):
+    monkeypatch.setenv("DEMEM_WORKERS", "1")  # in this thread: others have a mode of their own
+    right = train(tiny, MEMBERS, RECIPES["plain"], seeds=SEEDS, chunk=chunk, dtype=torch.float64)
     with torch.no_grad():
-        found = train(tiny, MEMBERS, RECIPES["plain"], seeds=SEEDS, chunk=chunk)
-    assert all(torch.equal(found.parameters[name], p) for name, p in right.parameters.items())
+        found = train(tiny, MEMBERS, RECIPES["plain"], seeds=SEEDS, chunk=chunk, dtype=torch.float64)
+    assert distance(found, right) < 1e-8
 
 
 def test_the_probed_chunk_size_is_used_and_harmless(tiny):
