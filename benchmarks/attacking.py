@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 import torch.nn.functional as F
 from harness import Row, judged, times, versus
@@ -60,46 +62,76 @@ def pgd(quick: bool) -> list[Row]:
             targets={k: 0.95 for k in ways if k != "ours"}, notes=notes,
         )
     if not quick:
-        rows += _channels_last()
+        rows += _layouts()
     return rows
 
 
-def _channels_last() -> list[Row]:
+def _layouts() -> list[Row]:
+    """The layout that a convolutional network takes by itself against the other one, and a compiled network, apart."""
     x, y = _images(32, 64, 3)
-    net = ResNet18(width=16).build(models=1, shape=(3, 32, 32), classes=10, seeds=(0,))
-    last = x.contiguous(memory_format=torch.channels_last)
-    attack = PGD(EPS, 10, random_start=False)
-    near = (attack(net, x, y) - attack(net, last, y)).abs().mean()
-    assert near < EPS / 4, f"the layout must not change the attack: {near}"
-    return versus(
-        "PGD-10", "ResNet-18 of width 16, 32x32, batch 64, eager, 1 thread",
-        {"ours": lambda: attack(net, last, y), "ours, channels first": lambda: attack(net, x, y)}, rounds=5,
-        targets={"ours, channels first": 1.5},
-    )
+    rows, attack = [], PGD(EPS, 10, random_start=False)
+    for norm in ("batch", "group"):
+        net = ResNet18(width=16, norm=norm).build(models=1, shape=(3, 32, 32), classes=10, seeds=(0,)).arranged_for("cpu")
+        other = ResNet18(width=16, norm=norm).build(models=1, shape=(3, 32, 32), classes=10, seeds=(0,))
+        other.channels_last = not net.channels_last
+        near = (attack(net, x, y) - attack(other, x, y)).abs().mean()
+        assert near < EPS / 4, f"the layout must not change the attack: {near}"
+        names = {True: "channels last", False: "channels first"}
+        shape = f"ResNet-18 of width 16, {norm} normalisation, 32x32, batch 64, {names[net.channels_last]}, eager, 1 thread"
+        peer = f"ours, {names[other.channels_last]}"
+        rows += versus(
+            "PGD-10", shape, {"ours": lambda n=net: attack(n, x, y), peer: lambda n=other: attack(n, x, y)}, rounds=5,
+            targets={peer: 1.5 if net.channels_last else 1.0},
+        )
+        if norm == "batch":
+            train_on = PGDAT(PGD(EPS, 3, random_start=False))
+
+            def step(n, objective=train_on):
+                loss = objective(n, x, y, torch.arange(len(x)), rng=None).loss.sum()
+                return torch.autograd.grad(loss, list(n.parameters()))
+
+            rows += versus(
+                "PGD-3 AT step", shape, {"ours": lambda n=net: step(n), peer: lambda n=other: step(n)}, rounds=5,
+                targets={peer: 1.5},
+            )
+        other.channels_last = net.channels_last
+        other.body = torch.compile(other.body)
+        begun = time.process_time()
+        attack(other, x, y)
+        note = f"after {time.process_time() - begun:.0f} s of CPU time for compiling"
+        rows += versus(
+            "PGD-10, compiled", shape.replace("eager", "compiled"),
+            {"ours": lambda n=other: attack(n, x, y), "ours, eager": lambda n=net: attack(n, x, y)}, rounds=5,
+            notes={"ours, eager": note},
+        )
+    return rows
 
 
 def early_exit(quick: bool) -> list[Row]:
     """robust_accuracy leaves out who is fooled already."""
     digits = data.load(subset=300 if quick else 1200)
     members = data.member_masks(digits.n, 2, seed=0)
-    ensemble = train(digits, members, Recipe(model=MLP(), epochs=10, sampler=Shuffled(50)), seeds=(0, 1))
-    net = ensemble.network([0])
     attacks = [FGSM(EPS), *(PGD(EPS, 10, random_start=False, step_size=s) for s in (0.02, 0.05, 0.1))]
-    standing, active = torch.ones(digits.n, dtype=torch.bool), []
-    for attack in attacks:
-        active.append(float(standing.double().mean()) * attack.steps)
-        standing &= withstands(net, digits.x, digits.y, [attack])
-    share = sum(active) / sum(a.steps for a in attacks)
+    rows = []
+    for name, spec, epochs in (("MLP", MLP(), 10),) if quick else (("MLP", MLP(), 10), ("small CNN", SmallCNN(), 4)):
+        ensemble = train(digits, members, Recipe(model=spec, epochs=epochs, sampler=Shuffled(50)), seeds=(0, 1))
+        net = ensemble.network([0])
+        standing, active = torch.ones(digits.n, dtype=torch.bool), []
+        for attack in attacks:
+            active.append(float(standing.double().mean()) * attack.steps)
+            standing &= withstands(net, digits.x, digits.y, [attack])
+        share = sum(active) / sum(a.steps for a in attacks)
 
-    def all_of_them():
-        return torch.stack([predictions(net, a(net, digits.x, digits.y)) == digits.y for a in attacks]).all(0)
+        def all_of_them(net=net):
+            return torch.stack([predictions(net, a(net, digits.x, digits.y)) == digits.y for a in attacks]).all(0)
 
-    assert bool((all_of_them() == withstands(net, digits.x, digits.y, attacks)).all())
-    return versus(
-        "robust accuracy, FGSM and three PGD-10", f"MLP, {digits.n} digits, active share {share:.2f}",
-        {"ours": lambda: withstands(net, digits.x, digits.y, attacks), "the same without early exit": all_of_them},
-        rounds=3 if quick else 7, targets={"the same without early exit": round(0.9 / share, 2)},
-    )
+        assert bool((all_of_them() == withstands(net, digits.x, digits.y, attacks)).all())
+        rows += versus(
+            "robust accuracy, FGSM and three PGD-10", f"{name}, {digits.n} digits, active share {share:.2f}",
+            {"ours": lambda n=net: withstands(n, digits.x, digits.y, attacks), "the same without early exit": all_of_them},
+            rounds=3 if quick else 7, targets={"the same without early exit": round(0.9 / share, 2)},
+        )
+    return rows
 
 
 def trades(quick: bool) -> list[Row]:

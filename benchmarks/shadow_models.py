@@ -213,6 +213,15 @@ def mlps(quick: bool) -> list[Row]:
                     "one process a core": lambda pool=pool, jobs=jobs: list(pool.map(_one_process, jobs)),
                 }, wall=True, rounds=2 if quick else 3,
             )
+        rows += versus(
+            "shadow models", f"{shape}, on two cores, wall time",
+            {
+                "ours": lambda s=settings: ours(images, members, spec, **s),
+                "sequential loop": lambda s=settings, few=few: loop(images, few, spec, **s),
+            },
+            wall=True, scale={"sequential loop": models / len(few)}, rounds=2 if quick else 5, targets={"sequential loop": 5.0},
+            notes={"sequential loop": f"timed on {len(few)} models, one thread: it takes longer with two"},
+        )
     rows.append(share_of_products(images, members, spec, quick))
     return rows
 

@@ -29,10 +29,14 @@ class Network(nn.Module):
         self.channels_last = False
 
     def arranged_for(self, device: torch.device | str) -> Network:
-        """Itself, with images laid out as the device wants them: a GPU convolves fastest with channels last."""
+        """Itself, with images laid out as the device wants them: a GPU convolves fastest with channels last.
+
+        So does a CPU (1.3 to 1.7 x for narrow networks), but its group normalisation loses more than that again (0.9 x).
+        """
         convolves = any(isinstance(layer, Conv) for layer in self.layers)
+        wanted = torch.device(device).type == "cuda" or self.has_batch_norm
         # several models side by side are one grouped convolution, which has no such kernels
-        self.channels_last = torch.device(device).type == "cuda" and convolves and self.models == 1
+        self.channels_last = wanted and convolves and self.models == 1
         return self
 
     def compute_in(self, half: torch.dtype | None, scale: float = 1.0) -> None:

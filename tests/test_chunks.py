@@ -13,7 +13,7 @@ from demem_lab.attacks import PGD
 from demem_lab.chunks import ChunkHalved, Task, train_chunk, train_elsewhere
 from demem_lab.data import member_masks
 from demem_lab.mechanisms import Plain, SelectiveDP
-from demem_lab.models import MLP, VGG, Conv
+from demem_lab.models import MLP, ResNet18, VGG, Conv
 from demem_lab.objectives import AWP, PGDAT
 from demem_lab.optimizers import SGD, AdamW
 from demem_lab.precision import Precision
@@ -247,7 +247,9 @@ def test_channels_last_changes_the_layout_only(monkeypatch):
 
     monkeypatch.setattr(Conv, "forward", watch)
     assert torch.allclose(net(x), plain, atol=1e-12) and layouts == [True] * 6
-    assert not net.arranged_for("cpu").channels_last
+    assert not net.arranged_for("cpu").channels_last  # group normalisation loses there what convolutions win
+    mixed = ResNet18(width=8, norm="batch").build(models=1, shape=(3, 8, 8), classes=4, seeds=(0,))
+    assert mixed.arranged_for("cpu").channels_last
     several = VGG(width=4).build(models=2, shape=(3, 8, 8), classes=4, seeds=(0, 1))
     assert not several.arranged_for("cuda").channels_last
     assert not MLP().build(models=1, shape=(3, 8, 8), classes=4, seeds=(0,)).arranged_for("cuda").channels_last
