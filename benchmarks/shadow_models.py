@@ -121,6 +121,14 @@ def _one_process(job) -> list:
     return [n.state_dict() for n in loop(images, members, spec, rows=rows, **settings)]
 
 
+def _with_two_threads(*job, **settings) -> None:
+    torch.set_num_threads(2)
+    try:
+        loop(*job, **settings)
+    finally:
+        torch.set_num_threads(1)
+
+
 def vmapped(images: Dataset, members, spec, *, batch: int, epochs: int, attack: bool):
     """torch.func: stacked parameters, vmap over models of the gradient of one model's loss; the trained models' logits."""
     models = len(members)
@@ -217,10 +225,12 @@ def mlps(quick: bool) -> list[Row]:
             "shadow models", f"{shape}, on two cores, wall time",
             {
                 "ours": lambda s=settings: ours(images, members, spec, **s),
-                "sequential loop": lambda s=settings, few=few: loop(images, few, spec, **s),
+                "sequential loop, one thread": lambda s=settings, few=few: loop(images, few, spec, **s),
+                "sequential loop, two threads": lambda s=settings, few=few: _with_two_threads(images, few, spec, **s),
             },
-            wall=True, scale={"sequential loop": models / len(few)}, rounds=2 if quick else 5, targets={"sequential loop": 5.0},
-            notes={"sequential loop": f"timed on {len(few)} models, one thread: it takes longer with two"},
+            wall=True, scale={f"sequential loop, {n}": models / len(few) for n in ("one thread", "two threads")},
+            rounds=2 if quick else 5, targets={f"sequential loop, {n}": 5.0 for n in ("one thread", "two threads")},
+            notes={f"sequential loop, {n}": f"timed on {len(few)} models" for n in ("one thread", "two threads")},
         )
     rows.append(share_of_products(images, members, spec, quick))
     return rows

@@ -13,7 +13,7 @@ from demem_lab.attacks import PGD
 from demem_lab.chunks import ChunkHalved, Task, train_chunk, train_elsewhere
 from demem_lab.data import member_masks
 from demem_lab.mechanisms import Plain, SelectiveDP
-from demem_lab.models import MLP, ResNet18, VGG, Conv
+from demem_lab.models import MLP, VGG, Conv, ResNet18
 from demem_lab.objectives import AWP, PGDAT
 from demem_lab.optimizers import SGD, AdamW
 from demem_lab.precision import Precision
