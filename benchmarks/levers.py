@@ -7,12 +7,15 @@ import sys
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from growth import state_of
 from harness import Row, judged, times
+from private_steps import Case
 
-from demem_lab import attacks
+from demem_lab import attacks, layers
 from demem_lab.attacks import PGD
-from demem_lab.layers import _Normalised
+from demem_lab.layers import Conv, GroupNorm, _Normalised
+from demem_lab.mechanisms import DPSGD, SelectiveDP
 from demem_lab.models import MLP, SmallCNN
 
 _TRAINING = """
@@ -113,6 +116,46 @@ def steps_of_attacks(quick: bool) -> list[Row]:
     return rows
 
 
+def _unfolded(self: Conv, x: torch.Tensor) -> torch.Tensor:
+    patches = F.unfold(x.flatten(0, 1), self.kernel, padding=self.kernel // 2, stride=self.stride)
+    return patches.unflatten(0, (self.models, -1))
+
+
+def _told_nothing(self: GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    self.statistics = []
+    return _Normalised.forward(self, x)
+
+
+def steps_with_norms(quick: bool) -> list[Row]:
+    """Each trick of per-sample norms in convolutional networks, with and without it."""
+    case = Case(SmallCNN(width=32, hidden=128), 28, 128)
+    shape = f"small CNN of width 32, {case.parameters // 1000}k parameters, 28x28, batch 128"
+    few = SelectiveDP(0.0, 1.0, torch.arange(128) < 12)
+    tricks = {
+        "patches by strided copies": (DPSGD(0.0), Conv, "_patches", _unfolded),
+        "patches of a few samples at a time": (DPSGD(0.0), layers, "PATCHES", (2**40, 2**40)),
+        "per-sample gradients kept for their sum": (DPSGD(0.0), layers, "WRITTEN", 0),
+        "statistics from the normalising kernel": (DPSGD(0.0), GroupNorm, "forward", _told_nothing),
+        "norms of the protected only, a tenth": (few, SelectiveDP, "_few", lambda *_: None),
+    }
+    rows = []
+    for name, (mechanism, where, what, plain) in tricks.items():
+
+        def ours(mechanism=mechanism):
+            return case.step(mechanism)
+
+        def without(ours=ours, where=where, what=what, plain=plain):
+            with mock.patch.object(where, what, plain):
+                return ours()
+
+        for a, b in zip(ours(), without(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n} changes the step: {m}")
+        found = times({"ours": ours, "without": without}, rounds=2 if quick else 9)
+        ratios = [w / o for w, o in zip(found["without"], found["ours"], strict=True)]
+        rows.append(judged(f"lever: {name}", f"{type(mechanism).__name__} step, {shape}", "without", ratios))
+    return rows
+
+
 def profile() -> str:
     """Where a PGD-3 adversarial training step of 48 MLPs spends its time: torch's own table."""
     from torch.profiler import ProfilerActivity
@@ -133,7 +176,7 @@ def profile() -> str:
 
 def jobs(quick: bool) -> list[Row]:
     """All rows of this file."""
-    return [*freed_memory(quick), *fused_norm(quick), *steps_of_attacks(quick)]
+    return [*freed_memory(quick), *fused_norm(quick), *steps_of_attacks(quick), *steps_with_norms(quick)]
 
 
 if __name__ == "__main__":
