@@ -35,8 +35,9 @@ class AttackPanel(Panel):
         self.rows = np.arange(dataset.n) if rows is None else np.asarray(rows)
         radius = dataset.eps if eps is None else eps
         self.groups = _groups(net, dataset, self.rows, radius)
-        self.show = _dropdown("images", list(self.groups))
-        self.image, first = whole("image", 0, len(self.rows) - 1, 0)
+        fooled = next((name for name in self.groups if name.startswith("fooled")), None)  # an attack that does something
+        self.show = _dropdown("images", list(self.groups), start=fooled)
+        self.image, first = whole("image", 0, len(self.groups[self.show.value]) - 1, 0)
         widgets.link((self.image, "max"), (first.children[1], "max"))
         self.attack = _dropdown("attack", list(answers.ATTACKS))
         self.eps, second = number("attack radius eps", 0.0, 3 * radius, radius, step=radius / 10)

@@ -102,7 +102,7 @@ def leak_view(answers: Mapping[str, Leak], chosen: str, *, title: str = "") -> g
     figure.update_xaxes(range=[0, 1], tickformat=".0%", row=2, col=1)
     figure.update_xaxes(rangemode="tozero", tickformat=".0%", row=2, col=2)
     figure.update_yaxes(automargin=True, range=[len(names) - 0.6, -0.8], row=2)
-    figure.update_xaxes(title="score (outermost bars: and beyond)", row=1, col=1)
+    figure.update_xaxes(title="score (outermost bars: all beyond, too)", row=1, col=1)
     ticks = [-top, -(top // 2), 0, top // 2, top]
     figure.update_yaxes(title="non-members | members", tickvals=ticks, ticktext=[f"{abs(t)}" for t in ticks], row=1, col=1)
     figure.update_layout(barmode="overlay", bargap=0, legend={"orientation": "h", "y": -0.13, "x": 0, "yanchor": "top"})
@@ -157,12 +157,14 @@ def risk_view(
     height, middle = images.shape[2] + 1, (images.shape[2] - 1) / 2
     figure.update_yaxes(
         showticklabels=True, tickvals=[middle + k * height for k in range(3)], ticktext=list(cut.rows), row=1, col=1,
-        autorange=False, range=[3 * height - 1.5, -0.5],
+        ticks="outside", ticklen=8, tickcolor="rgba(0,0,0,0)", autorange=False, range=[3 * height - 1.5, -0.5],
     )
     figure.update_xaxes(range=[-0.5, SHOWN * (images.shape[3] + 1) - 1.5], row=1, col=1)
     figure.update_xaxes(title=cheap, row=2, col=1)
     figure.update_yaxes(title="memorization", row=2, col=1)
     figure.update_xaxes(title="confidence in the label", range=[-0.04, 1.04], tickformat=".0%", row=2, col=3)
+    # in two lines, else they reach into the picture
+    figure.update_yaxes(tickvals=["did not", "trained on it"], ticktext=["did<br>not", "trained<br>on it"], row=2, col=3)
     figure.update_layout(legend={"orientation": "h", "y": -0.12, "x": 0, "yanchor": "top"})
     return _large(styled(figure, title=title, height=780), top=90 if title else 50)
 
