@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import html
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -196,6 +197,19 @@ class Prediction:
             print(f"{self.question} (nobody is watching: {self.value:.3g}{self.unit})")
         else:
             display(self.widget)
+
+
+def say(text: str, width: int = 90) -> None:
+    """Print `text` in lines of at most `width` characters, the later ones indented by four; only words that are longer stick out.
+
+    JupyterLab breaks longer lines in the middle of words. Numbers in brackets at the end of a long text get a line of their own.
+    """
+    head, mark, tail = text.rpartition(" (")
+    parts = [head, tail[:-1]] if len(text) > width and mark and text.endswith(")") else [text]
+    for number, part in enumerate(parts):
+        first = "    " if number else ""
+        print(textwrap.fill(part, width, initial_indent=first, subsequent_indent="    ", break_long_words=False,
+                            break_on_hyphens=False))
 
 
 def named(box: widgets.Box) -> widgets.Box:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import dis
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ import torch
 
 class WrongAnswer(AssertionError):
     """The function answers, but not correctly."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback, of which nothing but the last line is the learner's business."""
+        answer, mark, hint = str(self).partition("; hint: ")
+        parts = [f"not right yet: {answer}", f"hint: {hint}"] if mark else [str(self)]
+        return [textwrap.fill(part, 90, subsequent_indent="    ", break_long_words=False) for part in parts]
 
 
 @dataclass(frozen=True)

@@ -300,6 +300,8 @@ MISTAKES: dict[str, dict[str, Callable]] = {
     "until": {
         "the order is turned: rank 0 is the LOWEST risk, and stays to the end":
             _ranked(order=lambda s: np.argsort(-s, kind="stable")),
+        "argsort lists the samples from low to high, which is not yet their ranks: write 0, 1, 2, ... to these places":
+            lambda s, power: 1 - (np.argsort(s, kind="stable") / (len(s) - 1)) ** power,
         "the highest rank is 1, divide by N - 1": _ranked(divisor=lambda n: n),
         "use the rank, not the score": lambda s, power: 1 - s**power,
         "among equal scores the lower index has the lower rank, so sort with kind='stable'":
@@ -343,6 +345,7 @@ MISTAKES: dict[str, dict[str, Callable]] = {
     "finest": {
         "one false positive is an anecdote, ask for five": lambda n, rates: min(r for r in rates if r * n >= 1),
         "the smallest rate that has enough, not the largest": lambda n, rates: max(r for r in rates if r * n >= 5),
+        "five are enough: >=, not >": lambda n, rates: min((r for r in rates if r * n > 5), default=1.0),
         "a rate without false positives shows nothing": lambda n, rates: min(rates),
     },
 }

@@ -20,6 +20,7 @@ from demem_lab.attacks import PGD, check_query, predictions
 from demem_lab.comparison import finest_fpr
 from demem_lab.controls import Panel, number, whole
 from demem_lab.data import Dataset
+from demem_lab.sketches import moved
 from demem_lab.tables import Run
 
 
@@ -35,8 +36,9 @@ class AttackPanel(Panel):
         self.rows = np.arange(dataset.n) if rows is None else np.asarray(rows)
         radius = dataset.eps if eps is None else eps
         self.groups = _groups(net, dataset, self.rows, radius)
-        self.show = _dropdown("images", list(self.groups))
-        self.image, first = whole("image", 0, len(self.rows) - 1, 0)
+        fooled = next((name for name in self.groups if name.startswith("fooled")), None)  # an attack that does something
+        self.show = _dropdown("images", list(self.groups), start=fooled)
+        self.image, first = whole("image", 0, len(self.groups[self.show.value]) - 1, 0)
         widgets.link((self.image, "max"), (first.children[1], "max"))
         self.attack = _dropdown("attack", list(answers.ATTACKS))
         self.eps, second = number("attack radius eps", 0.0, 3 * radius, radius, step=radius / 10)
@@ -61,7 +63,7 @@ class AttackPanel(Panel):
 
     def update(self) -> str:
         path, names = self.answer(), self.dataset.classes
-        views.moved(self.figure, views.attack_view(path, names))
+        moved(self.figure, views.attack_view(path, names, sketch=True))
         p, kind = path.probabilities, self.attack.value
         was, now = (f"<b>{names[int(q.argmax())]}</b> ({q.max():.0%})" for q in (p[0], p[-1]))
         label = f"Image {self.row}, label <b>{names[path.label]}</b>. Before: the model says {was}."
@@ -121,7 +123,7 @@ class LeakPanel(Panel):
     def update(self) -> str:
         found = self.answer()
         leak = found[self.model.value]
-        views.moved(self.figure, views.leak_view(found, self.model.value))
+        moved(self.figure, views.leak_view(found, self.model.value, sketch=True))
         few = "" if leak.false.mean * leak.false.n >= 5 else " That is fewer than 5 people: the rate is not resolved."
         rate = f"{leak.fpr:.1%}"
         return (
@@ -175,7 +177,7 @@ class RiskGallery(Panel):
         return answers.cut_at(self.risks.scores[self.by.value], share=self.share.value / 100)
 
     def update(self) -> str:
-        views.moved(self.figure, self._draw())
+        moved(self.figure, self._draw(sketch=True))
         cut, i, risks = self.answer(), self.sample.value, self.risks
         above = "at or above" if i in cut.order[: cut.count] else "below"
         known = views.facts(risks)[i]
@@ -188,10 +190,10 @@ class RiskGallery(Panel):
             f"{known[4]:.0%} ({known[6]:.1f}). {others[:1].upper()}{others[1:]}."
         )
 
-    def _draw(self):
+    def _draw(self, *, sketch: bool = False):
         return views.risk_view(
             self.risks, self.answer(), self.images, self.dataset.classes, by=self.by.value, cheap=self.cheap.value,
-            sample=self.sample.value,
+            sample=self.sample.value, sketch=sketch,
         )
 
     def _find_rank(self, _) -> None:

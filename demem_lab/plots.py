@@ -2,7 +2,8 @@
 
 >>> figure = roc_curves({"plain": (fpr, tpr)}, title="Who was in the training set?")      # doctest: +SKIP
 
-Colours are the Okabe-Ito palette, which people with colour blindness can tell apart; lines differ in dash as well.
+Colours are the Okabe-Ito palette, which people with colour blindness can tell apart; lines differ in dash and
+bars in hatching as well.
 Importing this module makes figures appear as data plus plotly's own renderer, not as 5 MB of JavaScript a notebook
 (Colab keeps its own way).
 """
@@ -47,6 +48,7 @@ if "google.colab" not in sys.modules:
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a7400")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+HATCHES = ("", "/", "x", "-", ".", "\\", "|", "+")
 GREY = "#999999"
 
 
@@ -127,9 +129,10 @@ def by_group(
     figure = go.Figure()
     for number, name in enumerate(names or report.arms):
         found = [report.interval(name, metric, group) for group in groups]
+        hatch = {"shape": HATCHES[number % len(HATCHES)], "fgcolor": "white"}
         figure.add_bar(
             x=list(groups), y=[100 * f.mean for f in found], name=name, error_y=bars(found, thickness=1.5),
-            marker={"color": COLORS[number % len(COLORS)]}, hovertext=[spell(f) for f in found],
+            marker={"color": COLORS[number % len(COLORS)], "pattern": hatch}, hovertext=[spell(f) for f in found],
             hovertemplate=f"{name}, %{{x}}<br>{METRICS[metric]}: %{{hovertext}} %<extra></extra>",
         )
     figure.update_yaxes(title=_short(metric), ticksuffix=" %")

@@ -95,10 +95,11 @@ class AuditReport:
         for kind in dict.fromkeys(row["kind"] for row in self.groups):
             rows = {row["group"]: Interval(row["found"], row["low"], row["high"], row["members"]) for row in self.groups
                     if row["kind"] == kind and row["found"] is not None}
+            order = "tenth 10 is most at risk; " if "tenth 10" in rows else ""
             if rows:
                 made[f"by {kind}"] = plots.forest(
                     rows, axis=f"members found at {_percent(fpr)} false positives (one global threshold), %", reference=fpr,
-                    title=f"Who is found, by {kind}",
+                    title=f"Who is found, by {kind}<br>{order}dotted: guessing",
                 )
         return made
 

@@ -130,7 +130,7 @@ class Published:
 
 
 _DEMEM = "Luo & Li, public code and arrays: ResNet-18, half of CIFAR-100 (30,000 images), 128 models"
-_LI = "Li et al., TIFS 2024, the same pipeline on CIFAR-10"
+_LI = "Li, Li, Hu & Hu, TIFS 2024, arXiv 2208.08270, the same pipeline on CIFAR-10"
 PUBLISHED = (
     Published("CIFAR-10, natural", None, 8.2, _LI),
     Published("CIFAR-10, PGD-AT, eps 8/255", None, 23.8, _LI),

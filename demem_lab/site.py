@@ -195,11 +195,11 @@ def _turn(neighbours: Sequence[_Chapter], place: int) -> str:
 
 
 def _printed(cell) -> list[str]:
-    """Lines that a code cell wrote to stdout."""
+    """Lines that a code cell wrote to stdout; those that `controls.say` broke are whole again."""
     if cell.cell_type != "code":
         return []
     text = "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
-    return _ANSI.sub("", text).splitlines()
+    return re.sub(r"\n {4}(?=\S)", " ", _ANSI.sub("", text)).splitlines()
 
 
 def _markdown(source: str, folder: Path | None) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from demem_lab.accounting import bound
 from demem_lab.comparison import Comparison, spell
 from demem_lab.plots import COLORS, GREY, bars, line, mosaic, percent_of, picture, styled, symbol
 from demem_lab.sweep import Plane
@@ -34,7 +35,7 @@ def budget_view(
     figure = make_subplots(
         rows=2, cols=2, horizontal_spacing=0.13, vertical_spacing=0.34,
         subplot_titles=("promised: epsilon, for any setting", "kept (unseen images), where trained",
-                        "who pays: robust accuracy by group", "leaks: members found (looks as above)"),
+                        "who pays: robust accuracy by group", "leaks: members found (marks as above)"),
     )
     figure.add_scatter(name="RDP (upper bound)", mode="lines", line=line(0), row=1, col=1,
                        hovertemplate="noise multiplier %{x:.2f}: epsilon ≤ %{y:.3g}<extra>RDP</extra>")
@@ -93,7 +94,7 @@ def budget_marks(
     return {
         "RDP (upper bound)": {"x": list(curve[0]), "y": list(curve[1])},
         "PLD (tight)": {"x": [s for s, _ in tight], "y": [e for _, e in tight]},
-        "your setting": {"x": [sigma], "y": [epsilon], "text": ["" if epsilon is None else f"  {epsilon:.3g}"]},
+        "your setting": {"x": [sigma], "y": [epsilon], "text": ["" if epsilon is None else f"  {bound(epsilon)}"]},
         "nearest trained 1": {"x": [chosen, chosen], "y": [0, 100]},
         "nearest trained 2": {"x": [chosen, chosen], "y": [0, 100 * highest]},
         **{name: {"x": list(groups), "y": y} for name, y in values.items()},
@@ -271,7 +272,8 @@ def _size(mark: Mapping) -> tuple[int, int, int]:
 def _large(figure: go.Figure) -> go.Figure:
     figure.update_annotations(font={"size": TEXT + 1})
     figure.update_xaxes(title={"font": {"size": TEXT}}).update_yaxes(title={"font": {"size": TEXT}})
-    return figure.update_layout(font={"size": TEXT}, autosize=True)
+    top = 90 if figure.layout.title.text else 40  # room for the titles of the upper plots
+    return figure.update_layout(font={"size": TEXT}, autosize=True, margin={"t": top})
 
 
 def _numbers(plane: Plane, stars: Mapping[str, Sequence[float]]) -> list[list[str]]:

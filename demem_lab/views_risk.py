@@ -1,6 +1,6 @@
 """The figures of the Attack panel, the Leak panel and the Risk gallery, each made from an answer; nothing is computed here.
 
-A figure is drawn once; `moved` then brings the traces of a live one in line with those of a new one.
+A figure is drawn once; `moved` then brings the traces of a live one in line with a `sketch` of a new one.
 
 >>> attack_view(attack_path(net, x[:1], y[:1], FGSM(0.1)), data.classes).show()                         # doctest: +SKIP
 
@@ -13,21 +13,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from demem_lab.answers import SHOWN, AttackPath, Cut, Leak, Risks
 from demem_lab.leakage import MIN_FALSE_POSITIVES, Interval
 from demem_lab.plots import COLORS, GREY, line, mosaic, picture, styled, symbol
+from demem_lab.sketches import Sketch, grid
 
 TEXT = 15  # pixels: read from the last row
 LINES = 4  # classes that get a line of their own
 IN, OUT = COLORS[1], COLORS[0]
 
 
-def attack_view(path: AttackPath, classes: Sequence[str], *, title: str = "") -> go.Figure:
+def attack_view(
+    path: AttackPath, classes: Sequence[str], *, title: str = "", sketch: bool = False
+) -> go.Figure | Sketch:
     """The image, what was added (with its scale said), the attacked image, and the probabilities along the way."""
-    figure = make_subplots(
-        rows=2, cols=3, row_heights=[0.46, 0.54], vertical_spacing=0.13, horizontal_spacing=0.03,
+    figure = grid(
+        sketch, rows=2, cols=3, row_heights=[0.46, 0.54], vertical_spacing=0.13, horizontal_spacing=0.03,
         specs=[[{}, {}, {}], [{"colspan": 3}, None, None]],
         subplot_titles=(" ", " ", " ", "what the model believes, step by step"),
     )
@@ -59,18 +61,20 @@ def attack_view(path: AttackPath, classes: Sequence[str], *, title: str = "") ->
     figure.update_xaxes(title="step of the attack", row=2, col=1, rangemode="tozero", tickvals=ticks,
                         ticktext=[str(t) for t in ticks])
     figure.update_yaxes(title="probability", range=[-0.03, 1.03], tickformat=".0%", row=2, col=1)
-    return _large(styled(figure, title=title, height=660), top=125 if title else 70)
+    return _finished(figure, title=title, height=660, top=125 if title else 70)
 
 
-def leak_view(answers: Mapping[str, Leak], chosen: str, *, title: str = "") -> go.Figure:
+def leak_view(
+    answers: Mapping[str, Leak], chosen: str, *, title: str = "", sketch: bool = False
+) -> go.Figure | Sketch:
     """Histograms, ROC and two measures of one attack; `answers` holds the same attack on one target of each model.
 
     The measures stand side by side: accuracy, which flatters, and members found at few false positives.
     """
     leak = answers[chosen]
     rate = f"{100 * leak.fpr:g} %"
-    figure = make_subplots(
-        rows=2, cols=2, row_heights=[0.68, 0.32], vertical_spacing=0.22, horizontal_spacing=0.15,
+    figure = grid(
+        sketch, rows=2, cols=2, row_heights=[0.68, 0.32], vertical_spacing=0.22, horizontal_spacing=0.15,
         subplot_titles=("scores of one target", "its ROC, both axes logarithmic", "misleading: best accuracy (dotted: a coin)",
                         f"honest: found at {rate} false (dotted: guessing)"),
     )
@@ -102,22 +106,24 @@ def leak_view(answers: Mapping[str, Leak], chosen: str, *, title: str = "") -> g
     figure.update_xaxes(range=[0, 1], tickformat=".0%", row=2, col=1)
     figure.update_xaxes(rangemode="tozero", tickformat=".0%", row=2, col=2)
     figure.update_yaxes(automargin=True, range=[len(names) - 0.6, -0.8], row=2)
-    figure.update_xaxes(title="score (outermost bars: and beyond)", row=1, col=1)
+    figure.update_xaxes(title="score (outermost bars: all beyond, too)", row=1, col=1)
     ticks = [-top, -(top // 2), 0, top // 2, top]
     figure.update_yaxes(title="non-members | members", tickvals=ticks, ticktext=[f"{abs(t)}" for t in ticks], row=1, col=1)
     figure.update_layout(barmode="overlay", bargap=0, legend={"orientation": "h", "y": -0.13, "x": 0, "yanchor": "top"})
-    return _large(styled(figure, title=title, height=720), top=90 if title else 45)
+    return _finished(figure, title=title, height=720, top=90 if title else 45)
 
 
 def risk_view(
-    risks: Risks, cut: Cut, images: np.ndarray, classes: Sequence[str], *, by: str, cheap: str, sample: int, title: str = ""
-) -> go.Figure:
+    risks: Risks, cut: Cut, images: np.ndarray, classes: Sequence[str], *, by: str, cheap: str, sample: int, title: str = "",
+    sketch: bool = False,
+) -> go.Figure | Sketch:
     """A gallery along the order `by`, the scatter of a cheap score against memorization, and one sample by itself.
 
     images: [N, C, H, W].
     """
-    figure = make_subplots(
-        rows=2, cols=3, row_heights=[0.42, 0.58], column_widths=[0.5, 0.2, 0.3], vertical_spacing=0.12, horizontal_spacing=0.1,
+    figure = grid(
+        sketch, rows=2, cols=3, row_heights=[0.42, 0.58], column_widths=[0.5, 0.2, 0.3], vertical_spacing=0.12,
+        horizontal_spacing=0.1,
         specs=[[{"colspan": 3}, None, None], [{}, {}, {}]],
         subplot_titles=(f"sorted by {by}; the threshold lies between the lower two rows", "cheap against expensive",
                         f"sample {sample}", "confidence under attack"),
@@ -157,14 +163,16 @@ def risk_view(
     height, middle = images.shape[2] + 1, (images.shape[2] - 1) / 2
     figure.update_yaxes(
         showticklabels=True, tickvals=[middle + k * height for k in range(3)], ticktext=list(cut.rows), row=1, col=1,
-        autorange=False, range=[3 * height - 1.5, -0.5],
+        ticks="outside", ticklen=8, tickcolor="rgba(0,0,0,0)", autorange=False, range=[3 * height - 1.5, -0.5],
     )
     figure.update_xaxes(range=[-0.5, SHOWN * (images.shape[3] + 1) - 1.5], row=1, col=1)
     figure.update_xaxes(title=cheap, row=2, col=1)
     figure.update_yaxes(title="memorization", row=2, col=1)
     figure.update_xaxes(title="confidence in the label", range=[-0.04, 1.04], tickformat=".0%", row=2, col=3)
+    # in two lines, else they reach into the picture
+    figure.update_yaxes(tickvals=["did not", "trained on it"], ticktext=["did<br>not", "trained<br>on it"], row=2, col=3)
     figure.update_layout(legend={"orientation": "h", "y": -0.12, "x": 0, "yanchor": "top"})
-    return _large(styled(figure, title=title, height=780), top=90 if title else 50)
+    return _finished(figure, title=title, height=780, top=90 if title else 50)
 
 
 def facts(risks: Risks) -> np.ndarray:
@@ -173,7 +181,7 @@ def facts(risks: Risks) -> np.ndarray:
     cheap = [values for name, values in risks.scores.items() if name != "memorization"]
     columns = np.arange(len(risks.y)), risks.score.score, risks.score.standard_error
     table = np.stack([*columns, *risks.sides(risks.p), *risks.sides(risks.margin), *cheap], axis=1)
-    return table.astype(np.float32)  # half the size of the message
+    return table.round(4)  # a message of short numbers
 
 
 def gallery_canvas(cut: Cut, images: np.ndarray) -> np.ndarray:
@@ -181,24 +189,6 @@ def gallery_canvas(cut: Cut, images: np.ndarray) -> np.ndarray:
     white = np.ones((1, *images.shape[1:]))
     rows = [np.concatenate([images[i], np.repeat(white, SHOWN - len(i), axis=0)]) for i in cut.rows.values()]
     return mosaic(np.concatenate(rows), columns=SHOWN)
-
-
-def moved(live: go.FigureWidget, new: go.Figure) -> None:
-    """Give a live figure the data and the words of a new one, in one message; nothing is drawn anew."""
-    with live.batch_update():
-        for old, trace in zip(live.data, new.data, strict=True):
-            values = trace.to_plotly_json()
-            values.pop("type")
-            old.update(values)
-        for old, note in zip(live.layout.annotations, new.layout.annotations, strict=True):
-            old.text = note.text
-        for name in new.layout:
-            if name[:5] in ("xaxis", "yaxis"):
-                axis = new.layout[name]
-                if axis.title.text:
-                    live.layout[name].title.text = axis.title.text
-                if axis.ticktext:
-                    live.layout[name].update(tickvals=axis.tickvals, ticktext=axis.ticktext)
 
 
 def _believed(p: np.ndarray, label: int, classes: Sequence[str]) -> list[tuple[str, np.ndarray]]:
@@ -210,7 +200,7 @@ def _believed(p: np.ndarray, label: int, classes: Sequence[str]) -> list[tuple[s
     return curves
 
 
-def _add_roc(figure: go.Figure, leak: Leak) -> None:
+def _add_roc(figure: go.Figure | Sketch, leak: Leak) -> None:
     """The curve, guessing, the threshold's point with its interval, and where counts are too small to mean much."""
     outside = leak.false.n
     least = 0.5 / outside  # where 0 is drawn: half a false positive
@@ -273,7 +263,7 @@ def _hover_spots(risks: Risks, cut: Cut, classes: Sequence[str], size: tuple[int
     )
 
 
-def _frame(figure: go.Figure, anchor: str, *, row: int, col: int) -> None:
+def _frame(figure: go.Figure | Sketch, anchor: str, *, row: int, col: int) -> None:
     """Axes of a picture: square pixels, first row on top, a thin frame and nothing else."""
     look = {"showticklabels": False, "showgrid": False, "zeroline": False, "ticks": "", "constrain": "domain",
             "showline": True, "mirror": True, "linecolor": GREY}
@@ -281,7 +271,10 @@ def _frame(figure: go.Figure, anchor: str, *, row: int, col: int) -> None:
     figure.update_yaxes(row=row, col=col, autorange="reversed", scaleanchor=anchor, **look)
 
 
-def _large(figure: go.Figure, *, top: int) -> go.Figure:
-    """Text that can be read from the last row."""
+def _finished(figure: go.Figure | Sketch, *, title: str, height: int, top: int) -> go.Figure | Sketch:
+    """Text that can be read from the last row. A sketch has no looks."""
+    if isinstance(figure, Sketch):
+        return figure
+    styled(figure, title=title, height=height)
     figure.update_layout(font={"size": TEXT}, hoverlabel={"font": {"size": TEXT}}, margin={"t": top})
     return figure.update_annotations(font={"size": TEXT + 1})

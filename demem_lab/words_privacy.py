@@ -75,10 +75,10 @@ def budget_words(
     if isinstance(loose, NoGuarantee):
         promise = f"<b>No guarantee</b>: {html.escape(loose.reason)}."
     else:
-        promise = f"<b>epsilon ≤ {bound(loose.epsilon)}</b> (RDP, looser)"
+        promise, known = f"<b>epsilon ≤ {bound(loose.epsilon)}</b> (RDP, looser)", loose.epsilon
         if isinstance(tight, Budget) and tight.accountant == "PLD":
-            promise += f"; <b>epsilon {bound(tight.epsilon)}</b> (PLD, tight)"
-        promise += f" at delta {setting.delta:.3g}. {_strength(loose.epsilon)}"
+            promise, known = promise + f"; <b>epsilon {bound(tight.epsilon)}</b> (PLD, tight)", tight.epsilon
+        promise += f" at delta {setting.delta:.3g}. {_strength(known)}"
     elsewhere = ""
     if (setting.batch_size, setting.steps) != (trained.batch_size, trained.steps):
         elsewhere = (
@@ -181,7 +181,7 @@ def _strength(epsilon: float) -> str:
     if epsilon > accounting.VACUOUS:
         return "So large a number says nothing."
     if epsilon > COMMON:
-        return f"That is weak: one member may change the odds of an outcome by a factor of exp({epsilon:.3g})."
+        return f"That is weak: one member may change the odds of an outcome by a factor of exp({bound(epsilon)})."
     times = math.exp(epsilon)
     times = f"{times:.3g}" if times < 100 else f"{float(f'{times:.2g}'):,.0f}"
     return f"No outcome becomes more than {times} times likelier by one member, except with that probability."

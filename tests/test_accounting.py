@@ -105,6 +105,20 @@ def test_steps_and_delta_are_put_on_a_cached_step_exactly_as_the_accountant_does
     assert ours == pytest.approx(theirs, rel=1e-12)
 
 
+@pytest.mark.parametrize("sigma", [0.05, 0.15, 0.3, 0.75, 1.4, 3.0, 20.0])
+def test_the_best_of_few_orders_is_the_best_of_all(sigma):
+    """Where it lies wanders over all the orders, and some do not converge for little noise."""
+    import dp_accounting as dp
+    from dp_accounting.rdp import RdpAccountant, compute_epsilon
+
+    for rate in (0.002, 0.07, 0.6):
+        ledger = RdpAccountant().compose(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(sigma)))
+        for steps, delta in ((1, 1e-8), (1, 1e-2), (40, 1e-5), (420, 1e-4), (100_000, 1e-6)):
+            theirs = compute_epsilon(ledger.orders, steps * ledger.rdp, delta)[0]
+            asked = budget(noise_multiplier=sigma, sampling_rate=rate, steps=steps, delta=delta, accountant="RDP")
+            assert getattr(asked, "epsilon", float("inf")) == pytest.approx(theirs, rel=1e-12)
+
+
 def test_a_tight_epsilon_in_time_is_the_tight_one_and_out_of_time_the_loose_one():
     assert budget_in_time(120, **GOOD) == budget(**GOOD, accountant="PLD")
     late = budget_in_time(0.01, **GOOD)  # no process starts that fast

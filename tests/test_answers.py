@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from demem_lab import answers
+from demem_lab import answers, leakage
 from demem_lab.answers import attack_path, cut_at, leak_at, membership_scores, risks_of
 from demem_lab.attacks import FGSM, PGD
 from demem_lab.data import member_masks
@@ -141,3 +141,9 @@ def test_the_cut_lies_between_its_rows(share, above, below):
     shown = [*rows["just above"], *rows["just below"]]
     place = list(cut.order).index(shown[0])
     assert shown == list(cut.order[place : place + len(shown)])
+
+
+@pytest.mark.parametrize("count", [0, 1, 17, 898, 899])
+def test_the_quick_interval_is_clopper_and_pearsons(count):
+    wanted, found = leakage.proportion(count, 899), answers.proportion(count, 899)
+    assert (found.mean, found.low, found.high, found.n) == pytest.approx((wanted.mean, wanted.low, wanted.high, 899), abs=1e-9)

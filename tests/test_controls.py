@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 import pytest
 
 from demem_lab import controls
-from demem_lab.controls import Names, Panel, Prediction, number, whole
+from demem_lab.controls import Names, Panel, Prediction, number, say, whole
 
 
 class Made(Panel):
@@ -135,3 +135,15 @@ def test_a_control_may_move_others_and_draw_once():
     assert drawn == []
     panel.amount.value = 3.0
     assert drawn == [3.0]
+
+
+def test_long_lines_break_between_words_and_numbers_stay_together(capsys):
+    say("HOLDS: short (+1.0 points, 3 seeds)")
+    assert capsys.readouterr().out == "HOLDS: short (+1.0 points, 3 seeds)\n"
+    claim = "HOLDS: a claim so long that it leaves no room (at all) for its own numbers"
+    say(f"{claim} (+1.0 points, 95 % interval +0.5 to +1.5, 3 seeds)")
+    assert capsys.readouterr().out == f"{claim}\n    +1.0 points, 95 % interval +0.5 to +1.5, 3 seeds\n"
+    say(f"note: {'word ' * 40}x")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 2 and max(map(len, lines)) <= 90 and all(line.startswith("    word") for line in lines[1:])
+    assert " ".join(line.strip() for line in lines) == f"note: {'word ' * 40}x"

@@ -137,3 +137,13 @@ def test_the_state_comes_back_after_a_wrong_answer_too():
     with pytest.raises(WrongAnswer):
         TOY(lambda *_: np.random.rand() + torch.rand(()).item() + 5)
     assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+
+
+def test_a_notebook_shows_what_is_wrong_and_not_where_the_check_found_it(capsys):
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell.instance()
+    shell.user_ns |= {"TOY": TOY}
+    shell.run_cell("TOY(lambda x: x * x)")
+    said = capsys.readouterr().out
+    assert "not right yet: x = 3: expected 6, got 9\nhint: this is the square" in said and "Traceback" not in said
+    shell.run_cell("TOY(lambda x: 1 / 0 if x else x)")  # the learner's own error stays whole
+    assert "ZeroDivisionError" in capsys.readouterr().out

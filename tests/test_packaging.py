@@ -61,6 +61,7 @@ results
 protocol
 plots
 answers
+sketches
 views_risk
 views_privacy
 words_privacy

@@ -81,6 +81,7 @@ def test_epsilon_follows_every_control_and_is_the_accountants(budget_panel):
         ledger = RdpAccountant().compose(event(sigma, rate, panel.steps.value))
         wanted = ledger.get_epsilon(10**panel.power.value)
         assert f"epsilon ≤ {bound(wanted)}" in text(panel)
+        assert traces(panel)["your setting"].text[0].strip() == bound(wanted)  # one number, not two roundings of it
         seen = traces(panel)
         assert list(seen["your setting"].x) == [sigma] and seen["your setting"].y[0] == pytest.approx(wanted)
         place = 5  # any point of the curve

@@ -62,6 +62,7 @@ def drawn(panel, monkeypatch):
 
 def test_attack_panel_shows_the_attack_on_any_torch_module(tiny, net):
     panel = AttackPanel(net, tiny, rows=[3, 5, 7])
+    panel.show.value = panel.show.options[0]
     panel.image.value, panel.eps.value, panel.steps.value = 2, 0.2, 7
     x, y = tiny.x[7:8], tiny.y[7:8]
     eps = panel.eps.value
@@ -84,10 +85,11 @@ def test_attack_panel_shows_the_attack_on_any_torch_module(tiny, net):
 def test_attack_panel_takes_other_attacks(tiny, net):
     panel = AttackPanel(net, tiny)
     panel.attack.value = "FGSM"
-    moved = FGSM(panel.eps.value)(net, tiny.x[:1], tiny.y[:1])
+    x, y = tiny.x[panel.row][None], tiny.y[panel.row][None]
+    moved = FGSM(panel.eps.value)(net, x, y)
     assert np.allclose(panel.figure.data[2].z, moved[0, 0], atol=1e-3) and "whatever the slider says" in text(panel)
     panel.attack.value = "PGD, L2"
-    moved = PGD(panel.eps.value * 4, 10, norm="l2", random_start=False)(net, tiny.x[:1], tiny.y[:1])
+    moved = PGD(panel.eps.value * 4, 10, norm="l2", random_start=False)(net, x, y)
     assert np.allclose(panel.figure.data[2].z, moved[0, 0], atol=1e-3) and f"{panel.eps.value * 4:.3g}" in text(panel)
     panel.attack.value = "none"
     assert "No attack" in text(panel)
@@ -95,6 +97,9 @@ def test_attack_panel_takes_other_attacks(tiny, net):
 
 def test_attack_panel_narrows_down_and_draws_once(tiny, net, monkeypatch):
     panel = AttackPanel(net, tiny)
+    assert panel.show.value.startswith("fooled") and "fooled" in text(panel) and "not fooled" not in text(panel)
+    panel.show.value = panel.show.options[0]
+    assert panel.show.value == "all (24)"
     count = drawn(panel, monkeypatch)
     right = (predictions(net, tiny.x) == tiny.y).numpy()
     stands = (predictions(net, PGD(0.1, 10, random_start=False)(net, tiny.x, tiny.y)) == tiny.y).numpy()
@@ -115,6 +120,7 @@ def test_attack_panel_narrows_down_and_draws_once(tiny, net, monkeypatch):
 
 def test_attack_panel_shows_its_errors_and_refuses_what_does_not_fit(tiny, net):
     panel = AttackPanel(net, tiny)
+    panel.show.value = panel.show.options[0]
 
     def broken(*_, **__):
         raise RuntimeError("planted <failure>")
@@ -133,7 +139,7 @@ def test_colour_images_have_colour(net):
     x = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     colour = data.Dataset("colour", x, torch.arange(6) % 3, ("a", "b", "c"), "made", 0.05)
     panel = AttackPanel(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), colour)
-    panel.image.value = 3
+    panel.show.value, panel.image.value = "all (6)", 3
     assert np.array_equal(panel.figure.data[0].z, (x[3].permute(1, 2, 0) * 255).round().byte().numpy())
 
 

@@ -52,6 +52,7 @@ def test_arms_groups_and_frontier_show_the_reports_means(report):
     assert list(figure.data[1].x) == [100 * report.mean(a, "leak") for a in report.arms]
     bars = plots.by_group(report, "leak", ["all", "top"])
     assert list(bars.data[1].y) == [100 * report.mean("other", "leak", g) for g in ("all", "top")]
+    assert len({bar.marker.pattern.shape for bar in bars.data}) == len(report.arms)  # not by colour alone
     points = plots.frontier(report, y_group="top")
     for trace, arm in zip(points.data, report.arms, strict=True):
         assert (trace.x[0], trace.y[0]) == (100 * report.mean(arm, "robust"), 100 * report.mean(arm, "leak", "top"))

@@ -53,7 +53,8 @@ PIXEL = bytes.fromhex(
     "000049454e44ae426082"
 )
 CLAIMS = """HOLDS: a leaks more than b (+3.0 points, 95 % interval +1.0 to +5.0, 3 seeds)
-NOT DECIDED: c < d (+0.1 points, 95 % interval -1.0 to +1.0, 3 seeds)
+NOT DECIDED: c < d, which `say` wrote in two lines
+    +0.1 points, 95 % interval -1.0 to +1.0, 3 seeds
 """
 
 
@@ -85,6 +86,7 @@ def test_the_front_page_answers_in_the_words_of_this_run(book):
     front = book[: book.index("<section")]
     assert "Of the 2 claims" in front and "1 hold, 0 are contradicted, and 1 are not decided" in front
     assert "2 claims: 1 hold, 1 not decided" in front and "c &lt; d" in front
+    assert "in two lines +0.1 points, 95 % interval -1.0 to +1.0, 3 seeds</li>" in front
     assert "Members found: &lt;40%&gt; of those at risk." in front and "Who &lt;leaks&gt;?" in front
     assert '<td>35</td><td>12 (120)</td><td>345</td>' in front  # minutes, seconds, memory
     for anchor in re.findall(r'href="#([^"]+)"', book):
