@@ -166,13 +166,17 @@ def run(
 
     device: "auto" is the CPU for digits, also where a GPU is, and else a GPU where there is one (or the executor's workers'
     device). save: a file that is written anew after each arm. executor: where chunks of models are trained and asked, as in
-    `training.train`; the store must be on a file system that its workers see. Raises ValueError for an unknown arm before
-    anything is trained.
+    `training.train`; the store must be on a file system that its workers see. Raises ValueError for an unknown arm, and for a
+    file that would lose arms or is something else, before anything is trained.
     """
     treatments = arms_of(protocol)
     arms = tuple(arms) or tuple(treatments)
     for name in arms:
         choice("arm", name, treatments)
+    if save is not None and Path(save).exists():
+        lost = [name for name in Results.load(save).arms if name not in arms]
+        if lost:
+            raise ValueError(f"{save} holds {', '.join(lost)}, which this run would drop; add them to arms, or save elsewhere")
     store, dataset = store or Store(), protocol.load(root, download=download)
     device = farm.suited(device, dataset.name)
     began, seconds = time.time(), 0.0

@@ -100,6 +100,22 @@ def test_measuring_equals_a_slow_reading():
                 assert found[f"{attack}: accused at 5 %, {group}"][m] == pytest.approx(accused.mean())
 
 
+def test_a_file_never_loses_the_arms_it_has(done, tmp_path):
+    results, store, file = done
+    before = file.read_text()
+    with pytest.raises(ValueError, match="holds .*graded release.* would drop; add them to arms"):
+        run(SMALL, arms=("none", "drop"), store=store, progress=False, save=file)
+    assert file.read_text() == before
+    other = tmp_path / "notes.json"
+    other.write_text('{"my": "notes"}')
+    with pytest.raises(ValueError, match="not a results file"):
+        run(SMALL, store=store, progress=False, save=other)
+    assert other.read_text() == '{"my": "notes"}'
+    run(SMALL, arms=("none",), store=store, progress=False, save=tmp_path / "new.json")
+    run(SMALL, arms=("none", "drop"), store=store, progress=False, save=tmp_path / "new.json")
+    assert Results.load(tmp_path / "new.json").arms == {name: results.arms[name] for name in ("none", "drop")}
+
+
 def test_rates_that_the_non_members_cannot_resolve_are_left_out():
     tables, y, members = made_tables()
     found = measure(tables, y, members, at_risk=np.arange(len(y)) < 100)
