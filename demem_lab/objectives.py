@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from demem_lab.attacks import PGD, cross_entropy, frozen, softmax
+from demem_lab.attacks import PGD, cross_entropy, frozen, log_softmax, softmax
 from demem_lab.streams import Streams
 from demem_lab.validate import finite
 
@@ -206,20 +206,20 @@ def _lengths(w: Tensor) -> Tensor:
 
 def _kl(clean: Tensor, moved: Tensor) -> Tensor:
     """KL(softmax(clean) || softmax(moved)) of each row, [B], from logits: a probability that rounds to 0 has a slope too."""
-    log_p = clean.log_softmax(-1)
-    return (log_p.exp() * (log_p - moved.log_softmax(-1))).sum(-1)
+    log_p = log_softmax(clean)
+    return (log_p.exp() * (log_p - log_softmax(moved))).sum(-1)
 
 
 class _Away:
     """KL(softmax(clean) || softmax(logits)) of each row as the loss of an attack: all that stays the same is computed once."""
 
     def __init__(self, clean: Tensor) -> None:
-        log_p = clean.log_softmax(-1)
+        log_p = log_softmax(clean)
         self.p = log_p.exp()
         self.certain = (self.p * log_p).sum(-1)
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        return self.certain - (self.p * logits.log_softmax(-1)).sum(-1)
+        return self.certain - (self.p * log_softmax(logits)).sum(-1)
 
     def slope(self, logits: Tensor, y: Tensor) -> Tensor:
         """Its gradient at the logits."""

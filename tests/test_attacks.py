@@ -350,3 +350,15 @@ def test_sixteen_bits_and_compiled_networks_go_through_autograd():
     calls, plain = [], net.body
     net.body = lambda z: calls.append(1) or plain(z)
     assert attacks.image_slope(net, x, y).shape == x.shape and calls == [1]
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(513, 10), (512, 10), (600, 16), (600, 2)])
+def test_cross_entropy_laid_out_otherwise_is_torchs(rows, classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = (100 * torch.randn(rows, classes, generator=generator, dtype=torch.float64)).requires_grad_()
+    y = torch.randint(classes, (rows,), generator=generator)
+    found, wanted = attacks.cross_entropy(logits, y), F.cross_entropy(logits, y, reduction="none")
+    assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(found.sum(), logits), torch.autograd.grad(wanted.sum(), logits), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(attacks.log_softmax(logits), logits.log_softmax(-1), rtol=1e-12, atol=1e-12)
