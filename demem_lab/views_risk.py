@@ -135,7 +135,7 @@ def risk_view(
                        **_place(cut, sample, images.shape[2:]))
     x, y, above = risks.scores[cheap], risks.scores["memorization"], np.zeros(len(risks.y), dtype=bool)
     above[cut.order[: cut.count]] = True
-    kind = go.Scatter if len(x) <= 3000 else go.Scattergl  # beyond that, a browser draws vectors too slowly
+    kind = go.Scatter if len(x) <= 1000 else go.Scattergl  # beyond that, a browser draws vectors too slowly for a slider
     known, words = facts(risks), np.asarray(classes)[risks.y]
     for name, who, number in (("below the threshold", ~above, 0), ("at or above", above, 1)):
         figure.add_trace(kind(
