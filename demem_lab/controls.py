@@ -145,11 +145,12 @@ class Panel:
     def _changed(self, _) -> None:
         if self._held:
             return
-        try:
-            text = self.update()
-        except Exception as error:  # shown to the reader: a panel that silently keeps the old picture would be a lie
-            text = f'<b style="color:#a31515">{html.escape(type(error).__name__)}: {html.escape(str(error))}</b>'
-        self.readout.value = f'<div role="status" aria-live="polite" style="font-size:15px;line-height:1.5">{text}</div>'
+        with self.figure.batch_update():  # so that the words are sent first: drawing takes the browser a while
+            try:
+                text = self.update()
+            except Exception as error:  # shown to the reader: a panel that silently keeps the old picture would be a lie
+                text = f'<b style="color:#a31515">{html.escape(type(error).__name__)}: {html.escape(str(error))}</b>'
+            self.readout.value = f'<div role="status" aria-live="polite" style="font-size:15px;line-height:1.5">{text}</div>'
 
     def _ipython_display_(self) -> None:
         self.figure.catch_up()

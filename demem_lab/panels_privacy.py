@@ -14,6 +14,7 @@ import hashlib
 import html
 import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -40,6 +41,7 @@ from demem_lab.words_privacy import (
 
 PLD_SECONDS = 20
 CURVE_POINTS = 16
+PAUSE = 0.3  # seconds
 
 # planes with the points that were trained in this session, by their first sweep: a cell that is run again makes a new panel
 _grown: dict[str, Plane] = {}
@@ -135,8 +137,12 @@ class BudgetPanel(_Threaded):
         if known is None and (wait or any(k.batch_size == key.batch_size for k in self._curves)):
             known = self._curves[key] = self._computed(key)  # the same sampling rate: milliseconds
         if known is None and (self._drawing is None or not self._drawing.running):
-            self._drawing = Background(lambda watch: (key, self._computed(key)), on_change=self._drawn)
+            self._drawing = Background(lambda watch: self._computed_later(key), on_change=self._drawn)
         return (self.sigmas.tolist(), known) if known is not None else ([], [])
+
+    def _computed_later(self, key: Setting) -> tuple[Setting, list[float | None]]:
+        time.sleep(PAUSE)  # the answer at the controls' position goes first
+        return key, self._computed(key)
 
     def _computed(self, key: Setting) -> list[float | None]:
         asked = {name: value for name, value in key.asked.items() if name != "noise_multiplier"}

@@ -169,7 +169,7 @@ class RiskGallery(Panel):
         rows = widgets.HBox([self.by, self.cheap]), first, second, self.sample
         super().__init__(controls, rows, self._draw())
         for trace in self.figure.data:
-            if trace.name in ("pictures", "below the threshold", "at or above"):
+            if trace.name in ("pictures", "all samples", "at or above"):
                 trace.on_click(self._clicked)
 
     def answer(self) -> answers.Cut:

@@ -135,12 +135,14 @@ def risk_view(
                        **_place(cut, sample, images.shape[2:]))
     x, y, above = risks.scores[cheap], risks.scores["memorization"], np.zeros(len(risks.y), dtype=bool)
     above[cut.order[: cut.count]] = True
-    kind = go.Scatter if len(x) <= 3000 else go.Scattergl  # beyond that, a browser draws vectors too slowly
+    kind = go.Scatter if len(x) <= 1000 else go.Scattergl  # beyond that, a browser draws vectors too slowly for a slider
     known, words = facts(risks), np.asarray(classes)[risks.y]
-    for name, who, number in (("below the threshold", ~above, 0), ("at or above", above, 1)):
+    everybody = np.ones_like(above)  # stands still under those above, who cover their own points: a threshold sends few
+    for name, who, number in (("all samples", everybody, 0), ("at or above", above, 1)):
         figure.add_trace(kind(
             x=x[who], y=y[who], mode="markers", name=name, customdata=known[who], text=words[who], hovertemplate=_hover(risks),
-            marker={"size": 7 + 2 * number, "color": COLORS[number], "symbol": symbol(number), "opacity": 0.6},
+            marker={"size": 7 + 2 * number, "color": COLORS[number], "symbol": symbol(number),
+                    "opacity": (0.6, 1)[number]},
         ), row=2, col=1)
     edge = cut.threshold if np.isfinite(cut.threshold) else None
     lines = {"memorization": ([x.min(), x.max()], [edge, edge]), cheap: ([edge, edge], [y.min(), y.max()])}

@@ -147,3 +147,11 @@ def test_long_lines_break_between_words_and_numbers_stay_together(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 2 and max(map(len, lines)) <= 90 and all(line.startswith("    word") for line in lines[1:])
     assert " ".join(line.strip() for line in lines) == f"note: {'word ' * 40}x"
+
+
+def test_the_words_are_sent_before_the_figure(monkeypatch):
+    panel, sent = Made(), []
+    panel.readout.observe(lambda change: sent.append("words"), names="value")
+    monkeypatch.setattr(panel.figure, "_send_update_msg", lambda *_, **__: sent.append("figure"))
+    panel.amount.value = 5.0
+    assert sent == ["words", "figure"]

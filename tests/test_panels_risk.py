@@ -217,7 +217,7 @@ def test_gallery_follows_score_threshold_and_sample(dataset, runs, monkeypatch):
 
 def test_a_click_on_a_point_or_picture_chooses_the_sample(dataset, runs):
     panel = RiskGallery(dataset, [runs["first"]], {"random": np.random.default_rng(0).random(120)})
-    for name in ("below the threshold", "pictures"):
+    for name in ("all samples", "pictures"):
         clicked = trace(panel, name)
         wanted = int(clicked.customdata[7][0])
         clicked._dispatch_on_click(Points(point_inds=[7], trace_name=name), InputDeviceState())

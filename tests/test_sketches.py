@@ -46,7 +46,9 @@ def content(figure):
     layout = figure.to_dict()["layout"]
     axes = {k: (v.get("title"), v.get("tickvals"), v.get("ticktext")) for k, v in layout.items() if k[1:5] == "axis"}
     notes = [note["text"] for note in layout["annotations"]]
-    traces = {f"trace {k}": {name: v for name, v in trace.items() if name != "uid"} for k, trace in enumerate(figure.to_dict()["data"])}
+    traces = {f"trace {k}": trace for k, trace in enumerate(figure.to_dict()["data"])}
+    for trace in traces.values():
+        trace.pop("uid", None)
     moving = {**traces, **axes, "notes": notes}
     return json.loads(json.dumps(moving, cls=PlotlyJSONEncoder))
 
