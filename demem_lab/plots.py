@@ -120,7 +120,7 @@ def arms(
         )
         figure.update_xaxes(ticksuffix=" %", row=1, col=column)
     figure.update_yaxes(autorange="reversed", automargin=True)
-    return styled(figure, title=title, height=170 + 32 * len(names)).update_layout(margin={"t": 85})
+    return styled(figure, title=title, height=190 + 32 * len(names)).update_layout(margin={"t": 105})
 
 
 def by_group(

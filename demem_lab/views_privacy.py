@@ -33,7 +33,7 @@ def budget_view(
     (None where it could not be measured), ascending. marks: from `budget_marks`, where everything that moves is.
     """
     figure = make_subplots(
-        rows=2, cols=2, horizontal_spacing=0.13, vertical_spacing=0.34,
+        rows=2, cols=2, horizontal_spacing=0.13, vertical_spacing=0.4,
         subplot_titles=("promised: epsilon,<br>for any setting", "kept on unseen images,<br>where trained",
                         "who pays: robust<br>accuracy by group", "leaks: members found<br>(marks as above)"),
     )
@@ -71,8 +71,8 @@ def budget_view(
                             title="trained noise multiplier", row=row, col=2)
         figure.update_yaxes(ticksuffix=" %", rangemode="tozero", row=row, col=2)
     figure.update_yaxes(range=[0, 112], ticksuffix=" %", row=2, col=1)
-    figure.update_layout(barmode="group", legend=_below(0.54))
-    return moved(_large(styled(figure, title=title, height=760)), marks)
+    figure.update_layout(barmode="group", legend=_below(0.577))
+    return moved(_large(styled(figure, title=title, height=800)), marks)
 
 
 def budget_marks(

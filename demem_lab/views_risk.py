@@ -97,6 +97,7 @@ def leak_view(
         figure.add_scatter(
             x=[v.mean for v in values], y=names, mode="markers+text", row=2, col=column, showlegend=False,
             name="best accuracy" if column == 1 else "found at few false", texttemplate="%{x:.1%}", textposition="top right",
+            cliponaxis=False,
             marker={"color": "black", "size": 14, "symbol": marks}, textfont={"size": TEXT},
             error_x={"type": "data", "array": [v.high - v.mean for v in values], "thickness": 2.5,
                      "arrayminus": [v.mean - v.low for v in values]},
