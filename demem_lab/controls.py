@@ -200,10 +200,11 @@ class Prediction:
             display(self.widget)
 
 
-def say(text: str, width: int = 90) -> None:
+def say(text: str, width: int = 64) -> None:
     """Print `text` in lines of at most `width` characters, the later ones indented by four; only words that are longer stick out.
 
-    JupyterLab breaks longer lines in the middle of words. Numbers in brackets at the end of a long text get a line of their own.
+    JupyterLab breaks longer lines in the middle of words; 64 characters is what a window of 1000 pixels leaves beside its file
+    browser. Numbers in brackets at the end of a long text get a line of their own.
     """
     head, mark, tail = text.rpartition(" (")
     parts = [head, tail[:-1]] if len(text) > width and mark and text.endswith(")") else [text]

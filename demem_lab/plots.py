@@ -109,7 +109,8 @@ def arms(
 ) -> go.Figure:
     """Means and 95 % intervals over seeds, a panel for each metric, a row for each arm."""
     names = list(names or report.arms)
-    figure = make_subplots(cols=len(metrics), shared_yaxes=True, subplot_titles=[_short(m) for m in metrics])
+    titles = [_short(m).replace(" by ", "<br>by ") for m in metrics]
+    figure = make_subplots(cols=len(metrics), shared_yaxes=True, subplot_titles=titles)
     for column, metric in enumerate(metrics, 1):
         found = [report.interval(name, metric, group) for name in names]
         figure.add_scatter(
@@ -119,7 +120,7 @@ def arms(
         )
         figure.update_xaxes(ticksuffix=" %", row=1, col=column)
     figure.update_yaxes(autorange="reversed", automargin=True)
-    return styled(figure, title=title, height=150 + 32 * len(names))
+    return styled(figure, title=title, height=190 + 32 * len(names)).update_layout(margin={"t": 105})
 
 
 def by_group(

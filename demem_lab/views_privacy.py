@@ -33,9 +33,9 @@ def budget_view(
     (None where it could not be measured), ascending. marks: from `budget_marks`, where everything that moves is.
     """
     figure = make_subplots(
-        rows=2, cols=2, horizontal_spacing=0.13, vertical_spacing=0.34,
-        subplot_titles=("promised: epsilon, for any setting", "kept (unseen images), where trained",
-                        "who pays: robust accuracy by group", "leaks: members found (marks as above)"),
+        rows=2, cols=2, horizontal_spacing=0.13, vertical_spacing=0.4,
+        subplot_titles=("promised: epsilon,<br>for any setting", "kept on unseen images,<br>where trained",
+                        "who pays: robust<br>accuracy by group", "leaks: members found<br>(marks as above)"),
     )
     figure.add_scatter(name="RDP (upper bound)", mode="lines", line=line(0), row=1, col=1,
                        hovertemplate="noise multiplier %{x:.2f}: epsilon ≤ %{y:.3g}<extra>RDP</extra>")
@@ -71,8 +71,8 @@ def budget_view(
                             title="trained noise multiplier", row=row, col=2)
         figure.update_yaxes(ticksuffix=" %", rangemode="tozero", row=row, col=2)
     figure.update_yaxes(range=[0, 112], ticksuffix=" %", row=2, col=1)
-    figure.update_layout(barmode="group", legend=_below(0.54))
-    return moved(_large(styled(figure, title=title, height=720)), marks)
+    figure.update_layout(barmode="group", legend=_below(0.577))
+    return moved(_large(styled(figure, title=title, height=800)), marks)
 
 
 def budget_marks(
@@ -110,7 +110,7 @@ def demem_view(
     alone. marks: from `demem_marks`.
     """
     figure = make_subplots(
-        rows=4, cols=2, row_heights=[0.48, 0.08, 0.22, 0.22], column_widths=[0.46, 0.54], vertical_spacing=0.08,
+        rows=4, cols=2, row_heights=[0.47, 0.11, 0.21, 0.21], column_widths=[0.46, 0.54], vertical_spacing=0.08,
         horizontal_spacing=0.14,  # the empty row is for the legend
         specs=[[{}, {}], [None, None], [{}, {"rowspan": 2, "secondary_y": True}], [{}, None]],
         subplot_titles=("who leaks: members found, %", "what it costs: all arms and points",
@@ -167,8 +167,8 @@ def demem_view(
         axis = figure.get_subplot(row, 1).xaxis.plotly_name.replace("axis", "")
         figure.update_xaxes(visible=False, row=row, col=1)
         figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=axis, row=row, col=1)
-    figure.update_layout(legend=_below(0.55))
-    return moved(_large(styled(figure, title=title, height=1000)), marks)
+    figure.update_layout(legend=_below(0.561, 102))
+    return moved(_large(styled(figure, title=title, height=1040)), marks)
 
 
 def demem_marks(
@@ -253,11 +253,11 @@ def pictures_of(images: np.ndarray, *, columns: int = 8):
     return picture(mosaic(blank, columns=columns))
 
 
-def _below(y: float) -> dict:
-    """A legend between the first row of plots and the second."""
+def _below(y: float, width: int = 135) -> dict:
+    """A legend between the first row of plots and the second, with entries of that many pixels."""
     return {
         "font": {"size": TEXT - 2}, "orientation": "h", "x": 0.5, "xanchor": "center", "y": y, "yanchor": "top",
-        "entrywidth": 135,
+        "entrywidth": width,
     }
 
 
@@ -272,7 +272,7 @@ def _size(mark: Mapping) -> tuple[int, int, int]:
 def _large(figure: go.Figure) -> go.Figure:
     figure.update_annotations(font={"size": TEXT + 1})
     figure.update_xaxes(title={"font": {"size": TEXT}}).update_yaxes(title={"font": {"size": TEXT}})
-    top = 90 if figure.layout.title.text else 40  # room for the titles of the upper plots
+    top = 105 if figure.layout.title.text else 60  # room for the titles of the upper plots
     return figure.update_layout(font={"size": TEXT}, autosize=True, margin={"t": top})
 
 

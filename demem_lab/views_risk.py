@@ -46,9 +46,9 @@ def attack_view(
         )
     first, last = (classes[int(q.argmax())] for q in (p[0], p[-1]))
     captions = (
-        f"original: label {classes[path.label]}<br>the model says <b>{first}</b> ({p[0].max():.0%})",
-        f"change, {1 / (2 * largest):.3g} times as strong<br>largest: {largest:.3g} of the pixel range",
-        f"attacked<br>the model says <b>{last}</b> ({p[-1].max():.0%})",
+        f"original: label {classes[path.label]}<br>model: <b>{first}</b> ({p[0].max():.0%})",
+        f"{1 / (2 * largest):.3g} times the change,<br>at most {largest:.3g} of 1",
+        f"attacked<br>model: <b>{last}</b> ({p[-1].max():.0%})",
     )
     if not change.any():
         captions = captions[0], "change: none<br>", captions[2]
@@ -75,8 +75,8 @@ def leak_view(
     rate = f"{100 * leak.fpr:g} %"
     figure = grid(
         sketch, rows=2, cols=2, row_heights=[0.68, 0.32], vertical_spacing=0.22, horizontal_spacing=0.15,
-        subplot_titles=("scores of one target", "its ROC, both axes logarithmic", "misleading: best accuracy (dotted: a coin)",
-                        f"honest: found at {rate} false (dotted: guessing)"),
+        subplot_titles=("scores of one target", "its ROC, both axes logarithmic", "misleading: best accuracy<br>(dotted: a coin)",
+                        f"honest: found at {rate} false<br>(dotted: guessing)"),
     )
     middle, width = (leak.edges[1:] + leak.edges[:-1]) / 2, np.diff(leak.edges)
     both = ("non-members", leak.non_members, -1, OUT, ""), ("members", leak.members, 1, IN, "/")
@@ -97,6 +97,7 @@ def leak_view(
         figure.add_scatter(
             x=[v.mean for v in values], y=names, mode="markers+text", row=2, col=column, showlegend=False,
             name="best accuracy" if column == 1 else "found at few false", texttemplate="%{x:.1%}", textposition="top right",
+            cliponaxis=False,
             marker={"color": "black", "size": 14, "symbol": marks}, textfont={"size": TEXT},
             error_x={"type": "data", "array": [v.high - v.mean for v in values], "thickness": 2.5,
                      "arrayminus": [v.mean - v.low for v in values]},
@@ -106,7 +107,8 @@ def leak_view(
     figure.update_xaxes(range=[0, 1], tickformat=".0%", row=2, col=1)
     figure.update_xaxes(rangemode="tozero", tickformat=".0%", row=2, col=2)
     figure.update_yaxes(automargin=True, range=[len(names) - 0.6, -0.8], row=2)
-    figure.update_xaxes(title="score (outermost bars: all beyond, too)", row=1, col=1)
+    figure.update_yaxes(showticklabels=False, row=2, col=2)  # the same names as on the left
+    figure.update_xaxes(title="score (ends: all beyond)", row=1, col=1)
     ticks = [-top, -(top // 2), 0, top // 2, top]
     figure.update_yaxes(title="non-members | members", tickvals=ticks, ticktext=[f"{abs(t)}" for t in ticks], row=1, col=1)
     figure.update_layout(barmode="overlay", bargap=0, legend={"orientation": "h", "y": -0.13, "x": 0, "yanchor": "top"})
@@ -126,7 +128,7 @@ def risk_view(
         horizontal_spacing=0.1,
         specs=[[{"colspan": 3}, None, None], [{}, {}, {}]],
         subplot_titles=(f"sorted by {by}; the threshold lies between the lower two rows", "cheap against expensive",
-                        f"sample {sample}", "confidence under attack"),
+                        f"sample {sample}", "under attack"),
     )
     figure.add_trace(picture(gallery_canvas(cut, images)), row=1, col=1)
     figure.add_trace(_hover_spots(risks, cut, classes, images.shape[2:]), row=1, col=1)
@@ -170,7 +172,7 @@ def risk_view(
     figure.update_xaxes(range=[-0.5, SHOWN * (images.shape[3] + 1) - 1.5], row=1, col=1)
     figure.update_xaxes(title=cheap, row=2, col=1)
     figure.update_yaxes(title="memorization", row=2, col=1)
-    figure.update_xaxes(title="confidence in the label", range=[-0.04, 1.04], tickformat=".0%", row=2, col=3)
+    figure.update_xaxes(title="confidence", range=[-0.04, 1.04], tickformat=".0%", row=2, col=3)
     # in two lines, else they reach into the picture
     figure.update_yaxes(tickvals=["did not", "trained on it"], ticktext=["did<br>not", "trained<br>on it"], row=2, col=3)
     figure.update_layout(legend={"orientation": "h", "y": -0.12, "x": 0, "yanchor": "top"})

@@ -140,12 +140,12 @@ def test_a_control_may_move_others_and_draw_once():
 def test_long_lines_break_between_words_and_numbers_stay_together(capsys):
     say("HOLDS: short (+1.0 points, 3 seeds)")
     assert capsys.readouterr().out == "HOLDS: short (+1.0 points, 3 seeds)\n"
-    claim = "HOLDS: a claim so long that it leaves no room (at all) for its own numbers"
+    claim = "HOLDS: a claim that leaves no room (at all) for its own numbers"
     say(f"{claim} (+1.0 points, 95 % interval +0.5 to +1.5, 3 seeds)")
     assert capsys.readouterr().out == f"{claim}\n    +1.0 points, 95 % interval +0.5 to +1.5, 3 seeds\n"
     say(f"note: {'word ' * 40}x")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 2 and max(map(len, lines)) <= 90 and all(line.startswith("    word") for line in lines[1:])
+    assert len(lines) > 2 and max(map(len, lines)) <= 64 and all(line.startswith("    word") for line in lines[1:])
     assert " ".join(line.strip() for line in lines) == f"note: {'word ' * 40}x"
 
 
