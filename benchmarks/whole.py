@@ -18,7 +18,7 @@ from demem_lab import queries, training
 from demem_lab.experiment import profile
 from demem_lab.mechanisms import SelectiveDP
 from demem_lab.panels_privacy import DeMemPanel
-from demem_lab.runner import MEMORY_MB
+from demem_lab.runner import DEFAULT_SECONDS, MEMORY_MB, SECONDS
 from demem_lab.store import Store
 from demem_lab.streams import model_seeds
 from demem_lab.sweep import sweep
@@ -131,9 +131,9 @@ def tour(quick: bool) -> list[Row]:
     for entry in json.loads(table.read_text()):
         kind = "cold" if entry["computed"] else "warm"
         shape = f"{entry['notebook']}, {kind} ({entry['computed']} computed, {entry['reused']} reused)"
-        slow = entry.get("budget_seconds")
-        if slow:
-            rows.append(share("tour, time", shape, f"{slow} s", [entry["seconds"]], slow))
+        slow = SECONDS.get(entry["notebook"][:2], DEFAULT_SECONDS)
+        note = f"the machine {entry['slowness']:.2f} times as slow as the one they are for"
+        rows.append(share("tour, time", shape, f"{slow} s", [entry["seconds"]], slow, note))
         rows.append(share("tour, memory", shape, f"{MEMORY_MB} MB", [entry["peak_mb"]], MEMORY_MB))
     return rows
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy import stats
+import scipy  # its stats take half a second, and load when first asked for
 
 from demem_lab import __version__
 from demem_lab.accounting import NoGuarantee
@@ -276,7 +276,7 @@ def _empirical(attack: str, query: str, scores, member, delta: float, coins: boo
             "one run bounds epsilon only where each sample was included by an independent fair coin (say independent_coins=True)"
         )
         return {}
-    odd = stats.binomtest(int(member[0].sum()), n).pvalue
+    odd = scipy.stats.binomtest(int(member[0].sum()), n).pvalue
     if odd < 1e-6 or (len(member) > 3 and np.ptp(member.sum(1)) == 0):
         raise ValueError(
             f"independent_coins=True, but {member.sum(1)[:3].tolist()} members of {n:,} are not what fair coins give; use "

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+import scipy  # its stats take half a second, and load when first asked for
 
 from demem_lab.accounting import bound
 from demem_lab.validate import finite, integer
@@ -105,11 +105,11 @@ def one_run_bound(
 def _p_value(v: int, r: int, m: int, delta: float, epsilon: float) -> float:
     """How likely v or more of r guesses are right if (epsilon, delta) holds: at most this."""
     q = 1 / (1 + np.exp(-epsilon))
-    tail = stats.binom.sf(v - 1, r, q)
+    tail = scipy.stats.binom.sf(v - 1, r, q)
     if delta == 0 or v == 0:
         return float(tail)
     i = np.arange(1, v + 1)  # beyond v there is no further probability, and the divisor only grows
-    between = stats.binom.sf(v - i - 1, r, q) - tail
+    between = scipy.stats.binom.sf(v - i - 1, r, q) - tail
     return float(min(1.0, tail + 2 * m * delta * (between / i).max()))
 
 
@@ -128,8 +128,8 @@ def _epsilon(hits, positives: int, alarms, negatives: int, delta: float, alpha: 
     """log((TPR - delta) / FPR), at least 0, from one-sided Clopper-Pearson limits; numbers or arrays of hits and alarms."""
     hits, alarms = np.asarray(hits, dtype=float), np.asarray(alarms, dtype=float)
     # the beta distribution needs positive parameters; the limits at 0 hits and at nothing but alarms are 0 and 1
-    low = np.where(hits > 0, stats.beta.ppf(alpha, np.maximum(hits, 1), positives - hits + 1), 0.0)
-    high = np.where(alarms < negatives, stats.beta.ppf(1 - alpha, alarms + 1, np.maximum(negatives - alarms, 1)), 1.0)
+    low = np.where(hits > 0, scipy.stats.beta.ppf(alpha, np.maximum(hits, 1), positives - hits + 1), 0.0)
+    high = np.where(alarms < negatives, scipy.stats.beta.ppf(1 - alpha, alarms + 1, np.maximum(negatives - alarms, 1)), 1.0)
     found = np.log(np.maximum(low - delta, high) / high)
     return found if found.ndim else float(found)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy  # its stats take half a second, and load when first asked for
 
 from demem_lab.validate import choice, finite
 
@@ -263,7 +263,7 @@ def mean_roc(scores: np.ndarray, member: np.ndarray, *, points: int = 60) -> tup
 
 def proportion(count: int, n: int, *, level: float = 0.95) -> Interval:
     """count / n with its Clopper-Pearson interval."""
-    found = stats.binomtest(count, n).proportion_ci(level, method="exact")
+    found = scipy.stats.binomtest(count, n).proportion_ci(level, method="exact")
     return Interval(count / n, float(found.low), float(found.high), n)
 
 
@@ -273,7 +273,7 @@ def seed_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     n, mean = len(values), float(values.mean())
     if n < 2:
         return Interval(mean, None, None, n)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    half = float(scipy.stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy  # its stats take half a second, and load when first asked for
 
 from demem_lab.leakage import Interval
 from demem_lab.validate import finite, integer
@@ -182,8 +182,8 @@ def rank_correlation(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> In
         raise ValueError(f"a rank correlation needs two lists of the same length, at least 4, got {len(a)} and {len(b)}")
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         raise ValueError("a constant list has no ranks to correlate")
-    rho = float(stats.spearmanr(a, b).statistic)
-    half = stats.norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (len(a) - 3))
+    rho = float(scipy.stats.spearmanr(a, b).statistic)
+    half = scipy.stats.norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (len(a) - 3))
     z = np.arctanh(np.clip(rho, -1 + 1e-15, 1 - 1e-15))  # identical orders have an infinite z
     return Interval(rho, float(np.tanh(z - half)), float(np.tanh(z + half)), len(a))
 
@@ -194,7 +194,7 @@ def precision_at_top(proxy: np.ndarray, score: np.ndarray, *, fraction: float, l
     hits, n = int((a & b).sum()), int(a.sum())
     if n == 0:
         raise ValueError(f"fraction {fraction:g} of {len(a)} samples is nobody; take a larger fraction")
-    found = stats.binomtest(hits, n).proportion_ci(level, method="exact")
+    found = scipy.stats.binomtest(hits, n).proportion_ci(level, method="exact")
     return Interval(hits / n, float(found.low), float(found.high), n)
 
 
