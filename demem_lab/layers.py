@@ -33,7 +33,7 @@ class Layer(nn.Module):
         super().__init__()
         self.models = models
         self.calls: list[tuple[Tensor, Tensor]] | None = None
-        self._known: tuple[list[Tensor], object] | None = None  # what `sample_norms` found on the way, and for which deltas
+        self.known: tuple[list[Tensor], object] | None = None  # what `sample_norms` found on the way, and for which deltas
 
     def record(self, seen: Tensor, out: Tensor) -> Tensor:
         """Keep a call. The output is made a place where a gradient can be asked for, even with frozen weights."""
@@ -47,7 +47,7 @@ class Layer(nn.Module):
 
     def found(self, deltas: list[Tensor]):
         """What the last `sample_norms` kept of these very deltas, once; None where it kept nothing."""
-        known, self._known = self._known, None
+        known, self.known = self.known, None
         return known[1] if known is not None and known[0] is deltas else None
 
     def initialise(self, streams: Streams) -> None:
@@ -156,7 +156,7 @@ class Conv(Layer):
                 norms.append(torch.linalg.vector_norm(written[-1], dim=(-2, -1)).square())
         norms, shifts = _joined(norms, 1), sum(x.sum((3, 4)) for x in d)
         if rows is None and written and self.models * samples * self.outputs * window <= WRITTEN:
-            self._known = deltas, (written, shifts)  # the weighted sum is then one small product
+            self.known = deltas, (written, shifts)  # the weighted sum is then one small product
         return norms if self.bias is None else norms + shifts.square().sum(2)
 
     def weighted_gradients(self, deltas: list[Tensor], weights: Tensor) -> list[Tensor]:
@@ -212,7 +212,7 @@ class _Normalised(Layer):
 
     def sample_norms(self, deltas: list[Tensor], rows: Tensor | None = None) -> Tensor:
         own = self._per_sample(deltas)
-        self._known = deltas, own
+        self.known = deltas, own
         return sum(_chosen(part, rows).square().sum(-1) for part in own)
 
     def weighted_gradients(self, deltas: list[Tensor], weights: Tensor) -> list[Tensor]:

@@ -93,7 +93,7 @@ class Network(nn.Module):
             yield self
         finally:
             for layer, calls in zip(self.layers, before, strict=True):
-                layer.calls = calls
+                layer.calls, layer.known = calls, None  # what norms kept belongs to these calls, and may be large
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and running statistics by name, each [M, ...], detached and on the CPU."""

@@ -106,6 +106,9 @@ def test_what_norms_kept_serves_only_the_same_gradients():
         wanted = conv.weighted_gradients(second, weights)
         conv.sample_norms(first)
         found = conv.weighted_gradients(second, weights)
+        conv.sample_norms(first)
+        assert conv.known is not None
+    assert conv.known is None  # nothing large stays behind
     for a, b in zip(found, wanted, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
 
