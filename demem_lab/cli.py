@@ -43,8 +43,8 @@ def run_command(
     timeout: Annotated[int, typer.Option(help="seconds that one cell may take; 0: as long as it likes", min=0)] = 0,
 ) -> None:
     """Run notebooks headless with checked parameters; exit status 1 when a cell fails, 2 for a bad parameter."""
+    given = dict(_pair(text) for text in p or [])  # first: of papermill's "-p name value" the value looks like a notebook
     paths = [found for name in notebooks for found in find(name)]
-    given = dict(_pair(text) for text in p or [])
     if profile:
         given["profile"] = profile
     for path in paths:

@@ -35,7 +35,7 @@ def test_a_good_run_leaves_notebook_report_and_table(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (("-p", "m=5"), ("no parameter 'm'", "parameters:", "n: int = 3")), (("-p", "n=11"), ("[1, 10]", "got '11'")),
-    (("-p", "n"), ("name=value",)), (("--profile", "huge"), ("'smoke'",)),
+    (("-p", "n"), ("name=value",)), (("-p", "n", "5"), ("name=value", "'n'")), (("--profile", "huge"), ("'smoke'",)),
 ])
 def test_bad_parameters_stop_before_anything_runs(tmp_path, arguments, words):
     path = write(tmp_path / "a.ipynb", "print(n)")
