@@ -15,7 +15,7 @@ import html
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import ipywidgets as widgets
@@ -41,7 +41,7 @@ from demem_lab.words_privacy import (
 
 PLD_SECONDS = 20
 CURVE_POINTS = 16
-PAUSE = 0.3  # seconds
+REST = 0.5  # seconds without a move until the curve is computed: it must not compete with the answer to the next key
 
 # planes with the points that were trained in this session, by their first sweep: a cell that is run again makes a new panel
 _grown: dict[str, Plane] = {}
@@ -137,16 +137,25 @@ class BudgetPanel(_Threaded):
         if known is None and (wait or any(k.batch_size == key.batch_size for k in self._curves)):
             known = self._curves[key] = self._computed(key)  # the same sampling rate: milliseconds
         if known is None and (self._drawing is None or not self._drawing.running):
-            self._drawing = Background(lambda watch: self._computed_later(key), on_change=self._drawn)
+            self._drawing = Background(lambda watch: self._computed_at_rest(), on_change=self._drawn)
         return (self.sigmas.tolist(), known) if known is not None else ([], [])
 
-    def _computed_later(self, key: Setting) -> tuple[Setting, list[float | None]]:
-        time.sleep(PAUSE)  # the answer at the controls' position goes first
-        return key, self._computed(key)
+    def _computed_at_rest(self) -> tuple[Setting, list[float | None]]:
+        """The curve of the position at which the controls were left alone; given up at the next point when they move on."""
+        curve = None
+        while curve is None:
+            key = _rest(self.setting)
+            time.sleep(REST)
+            curve = self._computed(key, wanted=lambda key=key: _rest(self.setting) == key)
+        return key, curve
 
-    def _computed(self, key: Setting) -> list[float | None]:
-        asked = {name: value for name, value in key.asked.items() if name != "noise_multiplier"}
-        return [getattr(b, "epsilon", None) for b in accounting.epsilon_curve(self.sigmas.tolist(), **asked)]
+    def _computed(self, key: Setting, *, wanted: Callable[[], bool] = lambda: True) -> list[float | None] | None:
+        curve, asked = [], {name: value for name, value in key.asked.items() if name != "noise_multiplier"}
+        for sigma in self.sigmas.tolist():
+            if not wanted():
+                return None
+            curve += [getattr(b, "epsilon", None) for b in accounting.epsilon_curve([sigma], **asked)]
+        return curve
 
     def _drawn(self, job: Background) -> None:
         with self._lock:

@@ -125,6 +125,24 @@ def test_a_failing_accountant_is_shown(budget_panel, monkeypatch):
     assert "planted &lt;failure&gt;" in budget_panel.status.value
 
 
+def test_the_curve_waits_until_the_controls_rest_and_is_given_up_when_they_move_on(budget_panel, monkeypatch):
+    panel, asked, original = budget_panel, [], panels_privacy.accounting.epsilon_curve
+
+    def noted(sigmas, **given):
+        asked.append(round(given["sampling_rate"] * panel.members))
+        if asked.count(75) == 3 and panel.batch.value == 75:
+            panel.batch.value = 80  # somebody moves on while the third point is computed
+        return original(sigmas, **given)
+
+    monkeypatch.setattr(panels_privacy.accounting, "epsilon_curve", noted)
+    for value in range(70, 76):
+        panel.batch.value = value
+    panel._drawing.join(60)
+    assert asked == [75] * 3 + [80] * panels_privacy.CURVE_POINTS
+    wanted = original([traces(panel)["RDP (upper bound)"].x[4]], sampling_rate=80 / panel.members, steps=STEPS, delta=DELTA)
+    assert traces(panel)["RDP (upper bound)"].y[4] == pytest.approx(wanted[0].epsilon)
+
+
 def test_measured_numbers_are_those_of_the_nearest_trained_point(budget_panel):
     for asked, trained in ((0.0, 0), (0.2, 0), (0.3, 1), (0.8, 2), (1.0, 2), (2.4, 3), (6.0, 3)):
         budget_panel.noise.value = asked
