@@ -185,11 +185,11 @@ def verdict(claim: str, difference: Interval) -> str:
     "Holds" and "contradicted" need the whole 95 % interval on one side of 0; else it is "not decided".
     """
     if difference.low is None:
-        return f"NOT DECIDED: {claim} ({100 * difference.mean:+.1f} points, one seed gives no interval)"
+        return f"NOT DECIDED: {claim} ({100 * difference.mean:+z.1f} points, one seed gives no interval)"
     word = "HOLDS" if difference.low > 0 else "CONTRADICTED" if difference.high < 0 else "NOT DECIDED"
     return (
-        f"{word}: {claim} ({100 * difference.mean:+.1f} points, 95 % interval {100 * difference.low:+.1f} to "
-        f"{100 * difference.high:+.1f}, {difference.n} seeds)"
+        f"{word}: {claim} ({100 * difference.mean:+z.1f} points, 95 % interval {100 * difference.low:+z.1f} to "
+        f"{100 * difference.high:+z.1f}, {difference.n} seeds)"
     )
 
 

@@ -145,7 +145,7 @@ def _payers(chosen: Mapping, plain: Mapping, groups: Sequence[str]) -> str:
         before, after = plain.get(name), chosen.get(name)
         if before is None or after is None:
             return "not resolved"
-        return f"{100 * (after - before):+.1f}" + (f" ({100 * (after / before - 1):+.0f} %)" if before else "")
+        return f"{100 * (after - before):+z.1f}" + (f" ({100 * (after / before - 1):+z.0f} %)" if before else "")
 
     return _table(["everybody", *groups], {
         "clean accuracy": [chosen["accuracy"], *[""] * len(groups)],

@@ -149,6 +149,12 @@ def test_a_verdict_needs_the_whole_interval(low, high, word):
     assert verdict("it leaks", Interval(0.1, low, high, 3)).startswith(f"{word}: it leaks (+10.0 points")
 
 
+def test_a_difference_of_nearly_nothing_has_no_minus_zero():
+    assert verdict("it leaks", Interval(-0.0004, -0.0004, 0.0004, 3)).endswith(
+        "(+0.0 points, 95 % interval +0.0 to +0.0, 3 seeds)"
+    )
+
+
 @pytest.mark.parametrize(("call", "kind", "words"), [
     (lambda r: compare([]), ValueError, "at least one run"), (lambda r: compare([r[0], *r]), ValueError, "given twice.*plain"),
     (lambda r: compare(r, groups=lambda s: {"short": np.ones(7, dtype=bool)}), ValueError, "'short'.*120 samples"),
