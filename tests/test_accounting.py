@@ -105,15 +105,15 @@ def test_steps_and_delta_are_put_on_a_cached_step_exactly_as_the_accountant_does
     assert ours == pytest.approx(theirs, rel=1e-12)
 
 
-@pytest.mark.parametrize("sigma", [0.05, 0.15, 0.3, 0.75, 1.4, 3.0, 20.0])
+@pytest.mark.parametrize("sigma", [0.05, 0.15, 0.3, 0.42, 0.75, 1.67, 3.0, 20.0, 30.0])
 def test_the_best_of_few_orders_is_the_best_of_all(sigma):
-    """Where it lies wanders over all the orders, and some do not converge for little noise."""
+    """Where it lies wanders over all the orders; low ones come out too high or infinite; a tiny divergence counts as none."""
     import dp_accounting as dp
     from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
-    for rate in (0.002, 0.07, 0.6):
+    for rate in (0.0009, 0.0103, 0.37, 0.6, 0.97, 1.0):
         ledger = RdpAccountant().compose(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(sigma)))
-        for steps, delta in ((1, 1e-8), (1, 1e-2), (40, 1e-5), (420, 1e-4), (100_000, 1e-6)):
+        for steps, delta in ((1, 1e-8), (1, 1e-2), (40, 1e-5), (286, 0.23), (420, 1e-4), (140_000, 1e-6)):
             theirs = compute_epsilon(ledger.orders, steps * ledger.rdp, delta)[0]
             asked = budget(noise_multiplier=sigma, sampling_rate=rate, steps=steps, delta=delta, accountant="RDP")
             assert getattr(asked, "epsilon", float("inf")) == pytest.approx(theirs, rel=1e-12)
