@@ -53,12 +53,12 @@ files
 risk
 tables
 experiment
-estimate
 comparison
 matched
 sweep
 results
 protocol
+estimate
 plots
 answers
 sketches
