@@ -1,7 +1,7 @@
 """What a notebook will use on this machine and about how long it takes, said before it starts.
 
 >>> print(status(profile("lesson").experiment(), "05"))                                  # doctest: +SKIP
-05: about 4 minutes on this machine the first time, about 15 seconds when its results are kept
+05: about 4 minutes on this machine the first time, about 25 seconds when its results are kept
 3 seeds x 16 models on 1797 images of digits; CPU, 2 workers; 212 results of these images kept
 
 Nothing is guessed. The seconds of the last tour on two cores are known (`MEASURED`), and so is how long plain
@@ -29,11 +29,11 @@ LESSON_IMAGES = 1797  # digits
 # profile lesson, two CPU cores, November 2026: seconds of each notebook with nothing kept but the earlier ones' results, and
 # with all its results kept
 MEASURED = {
-    "00": (25, 10), "01": (32, 11), "02": (54, 12), "03": (56, 14), "04": (95, 14), "05": (179, 22), "06": (200, 20),
-    "07": (40, 20), "08": (90, 15),
+    "00": (25, 15), "01": (40, 11), "02": (61, 10), "03": (65, 13), "04": (97, 12), "05": (205, 24), "06": (271, 18),
+    "07": (15, 11), "08": (55, 9),
 }
 STEP = 0.0115  # seconds of one step of the lesson's 16 models, on the same two cores
-PLAN_STEP = 0.0115  # the same for the models of the lesson's protocol, notebook 08
+PLAN_STEP = 0.0125  # the same for the models of the lesson's protocol, notebook 08
 PROBE_SECONDS = 1.0
 PART = 8  # of a batch, to see first whether a step takes long
 

@@ -87,11 +87,11 @@ def test_the_lines_say_what_is_used_and_what_is_kept(lab, monkeypatch):
     lab.store.put("tables", {"data": lab.dataset.fingerprint}, {"x": [1.0]})
     lab.store.put("tables", {"data": "other"}, {"x": [1.0]})
     first, second = status(lab, "05").splitlines()
-    assert re.fullmatch(r"05: about .* on this machine the first time, about 20 seconds when its results are kept", first)
+    assert re.fullmatch(r"05: about .* on this machine the first time, about 25 seconds when its results are kept", first)
     assert "2 seeds x 4 models on 300 images of digits; CPU, " in second and "; 1 result of these images kept" in second
     assert "about" not in status(lab, "99") and "about" not in status(lab)  # not measured, so nothing is said
     monkeypatch.setattr(estimate, "step_seconds", lambda lab: 0.0)
-    assert status(lab, "05").splitlines()[0] == "05: about 20 seconds on this machine"
+    assert status(lab, "05").splitlines()[0] == "05: about 25 seconds on this machine"
 
 
 def test_a_gpu_that_is_left_alone_is_mentioned(lab, monkeypatch):
