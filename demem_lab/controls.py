@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -207,7 +208,8 @@ def say(text: str, width: int = 64) -> None:
     browser. Numbers in brackets at the end of a long text get a line of their own.
     """
     head, mark, tail = text.rpartition(" (")
-    parts = [head, tail[:-1]] if len(text) > width and mark and text.endswith(")") else [text]
+    numbers = mark and text.endswith(")") and re.match(r"[+-]?\d", tail)
+    parts = [head, tail[:-1]] if numbers and len(text) > width else [text]
     for number, part in enumerate(parts):
         first = "    " if number else ""
         print(textwrap.fill(part, width, initial_indent=first, subsequent_indent="    ", break_long_words=False,

@@ -143,6 +143,8 @@ def test_long_lines_break_between_words_and_numbers_stay_together(capsys):
     claim = "HOLDS: a claim that leaves no room (at all) for its own numbers"
     say(f"{claim} (+1.0 points, 95 % interval +0.5 to +1.5, 3 seeds)")
     assert capsys.readouterr().out == f"{claim}\n    +1.0 points, 95 % interval +0.5 to +1.5, 3 seeds\n"
+    say(f"lowers the leak of {'PGD-AT (digits), ' * 5}TRADES (fashion_mnist)")
+    assert "TRADES (fashion_mnist)\n" in capsys.readouterr().out.replace("\n    ", " ")  # a name, not numbers
     say(f"note: {'word ' * 40}x")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 2 and max(map(len, lines)) <= 64 and all(line.startswith("    word") for line in lines[1:])
