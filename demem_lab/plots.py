@@ -241,9 +241,10 @@ def lines(
 
 def heat(values: np.ndarray, columns: Sequence[str], rows: Sequence[str], *, title: str = "") -> go.Figure:
     """A table of numbers [rows, columns] as colours, with the numbers in the cells."""
+    cells = [["" if np.isnan(v) else f"{v:+z.1f}" for v in row] for row in np.asarray(values, dtype=float)]  # no -0.0
     figure = go.Figure(go.Heatmap(
-        z=values, x=list(columns), y=list(rows), colorscale="Cividis", reversescale=True, showscale=False,
-        texttemplate="%{z:+.1f}", textfont={"size": 14}, hovertemplate="%{y}, %{x}: %{z:+.2f}<extra></extra>",
+        z=values, text=cells, x=list(columns), y=list(rows), colorscale="Cividis", reversescale=True, showscale=False,
+        texttemplate="%{text}", textfont={"size": 14}, hovertemplate="%{y}, %{x}: %{z:+.2f}<extra></extra>",
     ))
     figure.update_yaxes(autorange="reversed", automargin=True)
     return styled(figure, title=title, height=130 + 45 * len(rows))

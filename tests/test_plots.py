@@ -128,3 +128,8 @@ def test_a_kernel_may_still_import_what_plots_left_out():
         "assert 'nbformat' in sys.modules and 'rfc3987_syntax' not in sys.modules; import nbformat; nbformat.validate"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_heat_map_writes_no_minus_zero_and_nothing_where_nothing_is():
+    drawn = plots.heat(np.array([[-0.04, 1.26], [np.nan, -0.7]]), ["a", "b"], ["c", "d"]).data[0]
+    assert [list(row) for row in drawn.text] == [["+0.0", "+1.3"], ["", "-0.7"]] and drawn.texttemplate == "%{text}"
