@@ -3,9 +3,10 @@
     python benchmarks/contest.py digits_mlp [--seeds 3] [--models 8]      # settings: see SETTINGS
 
 Writes benchmarks/results/contest_<setting>.json: every metric of every arm, a value a seed, with where it came from. Every
-arm is attacked by models trained with it ("leak"), and by attackers who also know everybody's risk group or leave
-time ("leak, schedule known": the strongest of LiRA, LiRA with both queries, thresholds by leave time, and a logistic
-regression on all of that fitted on the shadow models). "surfaced" is the tenth with the highest risk under the treatment.
+arm is attacked by models trained with it ("leak"), and by attackers who also know everybody's risk and, where another score
+decides who leaves when, that score ("leak, schedule known": the strongest of LiRA, LiRA with both queries, thresholds by tenth
+of the score, and a logistic regression on all of that fitted on the shadow models). "surfaced" is the tenth with the highest
+risk under the treatment.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Contest:
     def __init__(self, lab: Experiment, objective) -> None:
         self.lab, self.objective = lab, objective
         self.cheap = self._cheap_score()
+        self.schedules: dict[tuple[str, int], np.ndarray] = {}  # (arm, seed) -> what decides there, where the risk does not
 
     def _cheap_score(self) -> np.ndarray:
         """Early loss [N] of ONE model trained on everybody for a third of the epochs: what scoring may cost."""
@@ -84,8 +86,10 @@ class Contest:
         """Everybody is treated alike."""
         return self.lab.arm(name, objective=self.objective, mechanism=mechanism, **changes)
 
-    def chosen(self, name: str, how, choose, **changes) -> list[Run]:
-        """how(choose(seed)): flags, or a schedule, for each seed."""
+    def chosen(self, name: str, how, choose, *, score=None, **changes) -> list[Run]:
+        """how(choose(seed)): flags, or a schedule, for each seed. `score`, if not the risk, is what `choose` was made from."""
+        if score is not None:
+            self.schedules |= {(name, seed): score(seed) for seed in self.lab.seeds}
         return self.lab.treat(name, how, choose=choose, objective=self.objective, **changes)
 
     def score(self, seed: int) -> np.ndarray:
@@ -119,6 +123,7 @@ class Contest:
                 drawn = ~np.isnan(trace).all(0)
                 own = release_schedule(np.nanmean(trace[:, drawn], 0), power=power, floor=epochs / lab.epochs)
                 until[m, torch.as_tensor(drawn)] = own
+            self.schedules[name, seed] = expected_leave(until.numpy(), lab.members(seed).numpy())
             runs.append(lab.run(name, seed=seed, mechanism=GradedRelease(until), objective=self.objective, flagged=until))
         return runs
 
@@ -145,13 +150,13 @@ class Contest:
 
         return self.chosen(name, lambda a: BudgetedDP(noise, 1.0, None, allowed=a), allowed, lr=lr)
 
-    def controls(self, wide: bool) -> dict[str, list[Run]]:
+    def controls(self) -> dict[str, list[Run]]:
         """The method itself, weakened: what every treatment has to beat."""
         out = {"none": self.arm("none")}
-        for share in SHORTER if wide else SHORTER[1:]:
+        for share in SHORTER:
             name = f"{share:.0%} of the epochs"
             out[name] = self.arm(name, epochs=share * self.lab.epochs)
-        for decay in DECAYS if wide else ():
+        for decay in DECAYS:
             name = f"weight decay {decay:g}"
             out[name] = self.arm(name, weight_decay=decay)
         return out
@@ -162,8 +167,8 @@ class Contest:
         for power in (4, 8):
             name = f"release k={power}"
             out[name] = self.chosen(name, release, self.until(power))
-        cheap = self.until(4, score=lambda seed: self.cheap)
-        out["release k=4, cheap score"] = self.chosen("release k=4, cheap score", release, cheap)
+        name, cheap = "release k=4, cheap score", lambda seed: self.cheap
+        out[name] = self.chosen(name, release, self.until(4, score=cheap), score=cheap)
         out["release k=4, own trace"] = self.own_trace("release k=4, own trace", 4, 0.2)
         for fraction in (0.1, 0.2):
             name = f"drop {fraction:.0%}"
@@ -183,7 +188,8 @@ class Contest:
             out[name] = self.chosen(name, GradedRelease, until)
         out["LossVariance .2"] = self.arm("LossVariance .2", LossVariance(0.2))
         shuffled = lambda seed: np.random.default_rng(seed).permutation(self.score(seed))  # noqa: E731
-        out["release k=4, random order"] = self.chosen("release k=4, random order", GradedRelease, self.until(4, score=shuffled))
+        name = "release k=4, random order"
+        out[name] = self.chosen(name, GradedRelease, self.until(4, score=shuffled), score=shuffled)
         out["down-weight 20% x .3"] = self.chosen("down-weight 20% x .3", lambda f: DownWeight(f, 0.3), self.flags(0.2))
         for noise in (0.1, 0.3):
             name = f"SelectiveDP 20%, noise {noise:g}"
@@ -222,19 +228,33 @@ class ReleasedVariance(GradedRelease):
         return LossVariance(self.lam).penalty(per_sample, batch)
 
 
+def expected_leave(until: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """When each sample leaves [M, N] by the models that an attacker of each target has of his own: neither it nor its twin.
+
+    until [M, N], members [M, N]. A model's own schedule is not for him: it says who was drawn. 1 where nobody of his had it.
+    """
+    other, out = twins(members), np.ones(until.shape)
+    for m in range(len(until)):
+        own = [k for k in range(len(until)) if k not in (m, other[m])]
+        count = members[own].sum(0)
+        np.divide((until[own] * members[own]).sum(0), count, out=out[m], where=count > 0)
+    return out
+
+
 def informed(run: Run, when: np.ndarray, fpr: float) -> dict[str, float]:
-    """True positive rate [1] of attackers who know `when` [N]: each sample's leave time, or its risk."""
-    tenth, scores = risk.deciles(when), run.scores
+    """True positive rate [1] of attackers who know `when`: each sample's risk, or leave time, [N], or [M, N] by target."""
+    scores, when = run.scores, np.broadcast_to(when, run.members.shape)
     found = {"both queries": evaluate(scores["both"], run.members, fprs=(fpr,)).tpr_at(fpr)}
+    tenths = np.stack([risk.deciles(row) for row in when])
     for query in ("clean", "adversarial"):
-        calibrated = by_class(scores[query], tenth, run.members)
+        calibrated = np.stack([by_class(scores[query], tenth, run.members)[m] for m, tenth in enumerate(tenths)])
         found[f"by leave time, {query}"] = evaluate(calibrated, run.members, fprs=(fpr,)).tpr_at(fpr)
     other, learned = twins(run.members), np.zeros(run.members.shape)
-    one_hot = np.eye(10)[tenth]
     table = np.stack([scores["clean"], scores["adversarial"], scores["both"]], -1)
     table = np.sign(table) * np.log1p(np.abs(table))  # log ratios have long tails
-    rows = [np.concatenate([t, one_hot, (one_hot[:, :, None] * t[:, None, :]).reshape(len(t), -1)], 1) for t in table]
-    for m in range(run.models):
+    for m, tenth in enumerate(tenths):
+        one_hot = np.eye(10)[tenth]
+        rows = [np.concatenate([t, one_hot, (one_hot[:, :, None] * t[:, None, :]).reshape(len(t), -1)], 1) for t in table]
         shadows = [k for k in range(run.models) if k not in (m, other[m])]
         fitted = LogisticRegression(max_iter=300).fit(np.concatenate([rows[k] for k in shadows]), run.members[shadows].ravel())
         learned[m] = fitted.decision_function(rows[m])
@@ -253,6 +273,9 @@ def measured(contest: Contest, arms: dict[str, list[Run]]) -> Comparison:
             surfaced = risk.protected_set(lab.risk(run.seed, runs).score, fraction=0.1).mask
             found = measure(run, {"at risk": top, "rest": ~top, "surfaced": surfaced}, fpr=fpr)
             knowing = informed(run, score, fpr)
+            if (name, run.seed) in contest.schedules:
+                schedule = informed(run, contest.schedules[name, run.seed], fpr)
+                knowing |= {f"{attack} of its schedule": rate for attack, rate in schedule.items()}
             found |= {("all", f"leak, {attack}"): rate for attack, rate in knowing.items()}
             found["all", "leak, schedule known"] = max(found["all", "leak"], *knowing.values())
             rows += [(name, run.seed, group, metric, value) for (group, metric), value in found.items()]
@@ -277,7 +300,7 @@ def main() -> None:
     lab = replace(lab, model=SmallCNN() if model == "cnn" else lab.model, tuning_models=4).tuned()
     objective = {"PGD-AT": PGDAT(lab.attack), "TRADES": TRADES(lab.attack), "AWP": AWP(PGDAT(lab.attack))}[method]
     contest = Contest(lab, objective)
-    controls = contest.controls(wide)
+    controls = contest.controls()
     arms = controls | contest.main() | (contest.more() if wide else {})
     report = measured(contest, arms)
     values: dict[str, dict[str, list[float]]] = {}
