@@ -21,12 +21,27 @@ def page():
 
 
 def test_the_page_is_what_the_code_says(page):
-    assert page in (ROOT / "METHODS.md").read_text(), "run: python benchmarks/methods.py"
+    assert page in (ROOT / "METHODS.md").read_text(encoding="utf-8"), "run: python benchmarks/methods.py"
 
 
 def test_the_contest_on_the_page_is_what_the_results_say(page):
     written = runpy.run_path(str(ROOT / "benchmarks/methods.py"))["whole_page"](page)
-    assert written == (ROOT / "METHODS.md").read_text(), "run: python benchmarks/methods.py"
+    assert written == (ROOT / "METHODS.md").read_text(encoding="utf-8"), "run: python benchmarks/methods.py"
+
+
+def test_the_readme_counts_the_contests_as_they_came_out():
+    code = runpy.run_path(str(ROOT / "benchmarks/methods.py"))
+    better: dict[str, list[bool]] = {}
+    for file in sorted((ROOT / "benchmarks/results").glob("contest_*.json")):
+        raw, report = code["loaded"](file)
+        for arm in report.arms:
+            gap = code["at_matched"](report, arm, raw["controls"], metric="leak, schedule known")
+            better.setdefault(arm, []).append(gap is not None and gap.high < 0)
+    counts = {arm: (sum(won), len(won)) for arm, won in better.items()}
+    # "in each of five with k=8, k=4 in three; clipped, in each of four for both; by one cheap run in only one of five"
+    assert counts["release k=8"] == (5, 5) and counts["release k=4"] == (3, 5)
+    assert counts["release k=8 + clip everybody"] == counts["release k=4 + clip everybody"] == (4, 4)
+    assert counts["release k=4, cheap score"] == (1, 5)
 
 
 def test_nothing_fails_without_a_reason(page):
