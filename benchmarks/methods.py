@@ -77,11 +77,11 @@ CONTEST = """## The contest: graded release against its rivals
 What leaks at the same robust accuracy? "found" is the true positive rate at {fpr:.0%} false positives of LiRA with shadow
 models trained with the same treatment, the larger of clean and adversarial queries; "informed" the largest of that and of
 attackers who also know everybody's risk and, where another score decides who leaves when, that score too (both queries
-together; thresholds by tenth of the score; a logistic regression on all of it, fitted on the shadow models). "at risk" is the tenth that was riskiest before, "surfaced" the tenth that is
-riskiest under the treatment. "matched" is found (or informed) minus that of the untreated method, weakened by fewer epochs or
-weight decay to the same robust accuracy: negative is better than mere weakening. The frontier's points are chosen on means
-over the same seeds. All in per cent with 95 % t-intervals over seeds; with so many rows some interval misses the truth, so
-read patterns. `benchmarks/contest.py` makes the files.
+together; thresholds by tenth of the score; a logistic regression on all of it, fitted on the shadow models). "at risk" is the
+tenth that was riskiest before, "surfaced" the tenth that is riskiest under the treatment. "matched" is found (or informed)
+minus that of the untreated method, weakened by fewer epochs or weight decay to the same robust accuracy: negative is better
+than mere weakening. The frontier's points are chosen on means over the same seeds. All in per cent with 95 % t-intervals over
+seeds; with so many rows some interval misses the truth, so read patterns. `benchmarks/contest.py` makes the files.
 
 """
 KEPT = """## The authors' protocol, kept runs

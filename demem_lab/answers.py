@@ -118,7 +118,7 @@ def membership_scores(logits, y: np.ndarray, member: np.ndarray, *, signal: str,
 def leak_at(scores: np.ndarray, member: np.ndarray, *, share: float, fpr: float) -> Leak:
     """Accuse the `share` of all samples with the highest scores [N] (and whoever ties with the last): who is hit?
 
-    Intervals are Clopper-Pearson, 95 %, for this one target.
+    Intervals are Clopper-Pearson, 95 %, for this one target; at the low rate the threshold's own uncertainty is in it.
     """
     finite("share", share, low=0, high=1)
     scores, member = np.asarray(scores, dtype=np.float64), np.asarray(member, dtype=bool)
@@ -134,7 +134,7 @@ def leak_at(scores: np.ndarray, member: np.ndarray, *, share: float, fpr: float)
     return Leak(
         threshold, proportion(int(accused[member].sum()), inside), proportion(int(accused[~member].sum()), outside),
         proportion(int((accused == member).sum()), n), proportion(best, n), fpr,
-        proportion(round(evaluate(scores[None], member[None], fprs=(fpr,)).tpr_at(fpr) * inside), inside),
+        evaluate(scores[None], member[None], fprs=(fpr,)).interval(fpr, model=0),
         (false_rate, true_rate), edges,
         np.histogram(shown[member], edges)[0], np.histogram(shown[~member], edges)[0],
     )

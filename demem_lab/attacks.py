@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from demem_lab.store import Store
 from demem_lab.streams import Streams
-from demem_lab.validate import choice, finite, images, integer, labels
+from demem_lab.validate import choice, finite, images, integer, labels, shown
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, K], labels [B] -> loss [B], what the attack increases
 
@@ -227,8 +227,7 @@ def withstands(net, x: Tensor, y: Tensor, attacks: Sequence[PGD], *, rng=None) -
 
     Rows already fooled are dropped from later attempts: they are decided. Only possible for a single model (M = 1).
     """
-    if not attacks:
-        raise ValueError("robust accuracy needs at least one attack, got none; for clean accuracy compare predictions")
+    _check_judges(attacks)
     if getattr(net, "models", 1) != 1:
         raise ValueError(f"robust accuracy with early exit takes one model at a time, got {net.models}")
     standing = predictions(net, x) == y
@@ -242,6 +241,19 @@ def withstands(net, x: Tensor, y: Tensor, attacks: Sequence[PGD], *, rng=None) -
             moved = one(net, x[rows], y[rows], rng=own)
             standing[rows] = predictions(net, moved) == y[rows]
     return standing
+
+
+def _check_judges(attacks: Sequence[PGD]) -> None:
+    if isinstance(attacks, str) or not isinstance(attacks, Sequence):
+        raise ValueError(f"attacks must be a list, got {shown(attacks)}; write [PGD(...)]")
+    if not attacks:
+        raise ValueError("robust accuracy needs at least one attack, got none; for clean accuracy compare predictions")
+    for attack in attacks:
+        if not isinstance(attack, PGD):
+            raise ValueError(
+                f"robust accuracy is judged by PGD, whose images stay within eps, got {shown(attack)}; use PGD(eps) (NFGSM "
+                "leaves that ball: it is for training)"
+            )
 
 
 def robust_accuracy(net, x: Tensor, y: Tensor, attacks: Sequence[PGD], *, rng=None) -> float:

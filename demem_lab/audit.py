@@ -38,6 +38,7 @@ SHADOW_ATTACKS = ("lira_online", "lira_offline", "rmia")
 ATTACKS = (*SIGNALS, "label_robustness", *SHADOW_ATTACKS)
 OFFLINE_A = 0.3  # RMIA's constant where in-references are lacking: what its authors use for CIFAR-10
 RELIABLE = 0.9
+ONE_TARGET = "Clopper-Pearson over the members of one target, the uncertainty of the threshold included"
 UNKNOWN = "none known: outputs do not say how a model was trained"
 
 
@@ -282,6 +283,13 @@ def _empirical(attack: str, query: str, scores, member, delta: float, coins: boo
             f"independent_coins=True, but {member.sum(1)[:3].tolist()} members of {n:,} are not what fair coins give; use "
             "data.member_masks(..., design='independent'), or leave independent_coins out"
         )
+    other = twins(member)
+    if (other >= 0).any():
+        first = int(np.flatnonzero(other >= 0)[0])
+        raise ValueError(
+            f"independent_coins=True, but models {first} and {other[first]} were trained on complementary halves, so one coin "
+            "decided for both; toss for every model apart, or leave independent_coins out"
+        )
     error = 0.05 if len(member) == 1 else 0.025
     bounds = [one_run_bound(s, m, delta=delta, confidence=1 - error) for s, m in zip(scores, member, strict=True)]
     bound = replace(sorted(bounds, key=lambda b: b.epsilon)[(len(bounds) - 1) // 2], confidence=0.95)
@@ -303,6 +311,6 @@ def _obtained(outputs: Outputs, fprs, prior: float) -> dict:
         "from_probabilities": outputs.from_probabilities, "content": content.hexdigest()[:32], "fprs": list(fprs),
         "prior": prior, "demem_lab": __version__, "numpy": np.__version__,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "intervals": "Clopper-Pearson over the members of one target" if outputs.models == 1 else
+        "intervals": ONE_TARGET if outputs.models == 1 else
                      "t-interval over targets, which share samples and references: too narrow for another draw of the data",
     }

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from demem_lab.accounting import bound
 from demem_lab.empirical import LowerBound, clopper_pearson_bound, one_run_bound
 from demem_lab.layers import Linear
 from demem_lab.mechanisms import Batch, Guarantee, Mechanism
@@ -54,7 +55,7 @@ class WhiteBoxAudit:
         return self.upper is None or self.lower.epsilon <= self.upper
 
     def __str__(self) -> str:
-        claim = f"claimed: epsilon {self.upper:.3g}" if self.upper is not None else f"claimed: {self.claimed}"
+        claim = f"claimed: epsilon {bound(self.upper)}" if self.upper is not None else f"claimed: {self.claimed}"
         return f"{'Not refuted' if self.holds else 'REFUTED'}. {claim}; found: {self.lower}"
 
 
@@ -82,8 +83,8 @@ def audit_mechanism(
     protected[1 + others - unprotected :] = False
     updates, claimed = _released(build(protected), members, steps, sampling_rate, delta, seed)
     scores = statistic(updates, np.array([0]))[:, 0]
-    bound = clopper_pearson_bound(scores, coins.numpy(), delta=delta, confidence=confidence, seed=seed)
-    return WhiteBoxAudit(bound, claimed, scores, coins.numpy())
+    lower = clopper_pearson_bound(scores, coins.numpy(), delta=delta, confidence=confidence, seed=seed)
+    return WhiteBoxAudit(lower, claimed, scores, coins.numpy())
 
 
 def audit_in_one_run(

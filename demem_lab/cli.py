@@ -115,16 +115,23 @@ def report_command(
 
 def find(name: str) -> list[Path]:
     """The notebooks meant by a path or a number. typer.Exit(2) with one sentence when there is none."""
-    if Path(name).suffix == ".ipynb" and Path(name).exists():
+    if Path(name).suffix == ".ipynb" and Path(name).is_file():
         return [Path(name)]
     if Path(name).is_absolute():
         _stop(f"no notebook {name!r}: there is no such file")
     roots = [Path.cwd(), Path.cwd().parent, Path(__file__).resolve().parents[1]]
     for root in roots:
-        found = sorted((root / "notebooks").glob(f"{name}_*.ipynb" if name.isdigit() else name))
+        found = _matches(root / "notebooks", f"{name}_*.ipynb" if name.isdigit() else name)
         if found:
             return found
     _stop(f"no notebook {name!r}: give a path to an .ipynb file, or a number such as 05 from a checkout of the repository")
+
+
+def _matches(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(path for path in folder.glob(pattern) if path.suffix == ".ipynb" and path.is_file())
+    except (ValueError, IndexError):  # what glob says to "", "." and "**x"
+        return []
 
 
 def run_all(paths: Sequence[Path], out: Path, given: dict, *, strict: bool = False, timeout: int = 0) -> int:
@@ -151,8 +158,8 @@ def run_all(paths: Sequence[Path], out: Path, given: dict, *, strict: bool = Fal
     if (folder / "images").is_dir():  # so that the executed notebooks show theirs
         shutil.copytree(folder / "images", out / "images", dirs_exist_ok=True)
     index = site.write(out / "index.html", results, title="Can a robust model keep a secret?", intro=INTRO, folder=folder)
-    (out / "table.json").write_text(json.dumps([_plain(r) for r in results], indent=1))
-    (out / "table.md").write_text(_table(results))
+    (out / "table.json").write_text(json.dumps([_plain(r) for r in results], indent=1), encoding="utf-8")
+    (out / "table.md").write_text(_table(results), encoding="utf-8")
     seconds = sum(r.seconds for r in results)
     print(f"{len(results)} notebooks in {seconds:.0f} s; report: {index}")
     problems = [f"{r.notebook}: {what}" for r in results for what in r.over]

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from demem_lab.leakage import Interval, evaluate, seed_interval
+from demem_lab.leakage import MIN_FALSE_POSITIVES, Interval, evaluate, seed_interval
 from demem_lab.tables import Run
 
 Groups = Callable[[int], Mapping[str, np.ndarray]]  # seed -> {name: bool [N]}
-MIN_FALSE_POSITIVES = 5
 METRICS = {
     "accuracy": "clean accuracy, non-members", "robust": "robust accuracy (PGD), non-members",
     "member accuracy": "clean accuracy, members", "member robust": "robust accuracy (PGD), members",

@@ -42,9 +42,14 @@ class Dataset:
     eps: float  # usual Linf attack radius, in pixel units
 
     def __post_init__(self) -> None:
+        for name, value in (("images", self.x), ("labels", self.y)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__}; convert with torch.as_tensor")
         if self.x.device != self.y.device:
             raise ValueError(f"images are on {self.x.device} and labels on {self.y.device}; put both on one device, best the CPU")
         images(self.x)
+        if self.x.dtype != torch.float32:
+            raise ValueError(f"images must be float32, got {self.x.dtype}; convert with .float()")
         labels(self.y, n=len(self.x), classes=len(self.classes))
         present = len(self.y.unique())
         if present < 2:

@@ -32,11 +32,29 @@ from demem_lab.validate import integer
 MALLOC_OPTIONS = ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20))
 
 
-def device(name: str = "auto") -> torch.device:
-    """The device to compute on: "auto" takes a CUDA GPU where there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(name: str | torch.device = "auto") -> torch.device:
+    """The device to compute on: "auto" takes a CUDA GPU where there is one, else the CPU.
+
+    ValueError for a GPU that is not there, and for other kinds of devices: Apple's, for instance, have no float64.
+    """
+    there = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if there else "cpu")
+    on = _named(name)
+    if on.type == "cuda" and not there:
+        raise ValueError(f"device {str(name)!r} is asked for, and there is no GPU that torch can use; take 'auto' or 'cpu'")
+    return on
+
+
+def _named(name: str | torch.device) -> torch.device:
+    try:
+        on = torch.device(name)
+    except (RuntimeError, TypeError):
+        on = None
+    if on is None or on.type not in ("cpu", "cuda"):
+        asked = str(name) if isinstance(name, torch.device) else name
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda' (or 'cuda:1', the second of several), got {asked!r}")
+    return on
 
 
 def suited(name: str, dataset: str) -> str:
@@ -47,7 +65,7 @@ def suited(name: str, dataset: str) -> str:
 
 def device_of(executor: Executor, name: str = "auto") -> torch.device:
     """The device that the workers of an executor compute on; "auto" asks one of them."""
-    return device(name) if name != "auto" else torch.device(run(_kind_of_device, [None], executor=executor)[0])
+    return _named(name) if name != "auto" else torch.device(run(_kind_of_device, [None], executor=executor)[0])
 
 
 def _kind_of_device(_, stop) -> str:
@@ -93,12 +111,17 @@ def workers(on: torch.device | str = "cpu") -> int:
         return 1
     asked = os.environ.get("DEMEM_WORKERS")
     if asked:
-        return integer("DEMEM_WORKERS", asked, low=1)
+        number = int(asked) if asked.strip().isdecimal() else asked  # `integer` says what is wrong with anything else
+        return integer("DEMEM_WORKERS", number, low=1, fix="unset it, or export DEMEM_WORKERS=1 or more")
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def one_thread_each(on: torch.device | str = "cpu") -> None:
-    """Let every worker compute with a single thread, in memory it keeps; called before any chunk is started."""
+    """Let every worker compute with a single thread, in memory it keeps; called before any chunk is started.
+
+    It stays so for the rest of the process: torch keeps this number for the process and for each thread, so that one run
+    that put it back would speed up or slow down another that is not over. torch.set_num_threads(n) puts it back.
+    """
     if torch.device(on).type == "cpu":
         torch.set_num_threads(1)
         _keep_freed_memory()

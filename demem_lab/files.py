@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import io
 import os
+import secrets
 import struct
-import tempfile
 import tokenize
 import zipfile
 import zlib
@@ -57,19 +57,21 @@ def read(path: str | Path | Sequence[str | Path], *, finest_fpr: float | None = 
 def write(path: str | Path, arrays: Mapping[str, np.ndarray]) -> Path:
     """Write arrays under their names to .npz or .safetensors, at once or not at all."""
     path, arrays = Path(path), {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-    os.close(handle)
-    if path.suffix == ".npz":
-        np.savez_compressed(name, **arrays)
-    elif path.suffix == ".safetensors":
-        from safetensors.numpy import save_file
-
-        save_file(arrays, name)
-    else:
-        os.unlink(name)
+    if path.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"outputs are written as .npz or .safetensors, got {path.suffix or 'no suffix'}")
-    os.replace(name, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # not by mkstemp, whose files are for their owner alone: here the umask decides
+    fresh = path.with_name(f".{os.getpid()}-{secrets.token_hex(8)}{path.suffix}")
+    try:
+        if path.suffix == ".npz":
+            np.savez_compressed(fresh, **arrays)
+        else:
+            from safetensors.numpy import save
+
+            fresh.write_bytes(save(arrays))  # its save_file sets a mode of its own
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
     return path
 
 

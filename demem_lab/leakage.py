@@ -12,25 +12,16 @@ judges (as Song & Mittal 2021 do), `held_out_accuracy` does not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-import scipy  # its stats take half a second, and load when first asked for
 
-from demem_lab.validate import choice, finite
+from demem_lab.intervals import Interval, proportion, rate_limits, seed_interval
+from demem_lab.validate import choice, finite, flags
 
 MIN_FALSE_POSITIVES = 5  # a rate is shown only where at least this many false positives are expected
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its interval; low and high are None where one value gives none."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    n: int
+SHARE = "give a share: 0.01 is 1 %"
 
 
 @dataclass(frozen=True)
@@ -44,6 +35,8 @@ class Leakage:
     balanced_accuracy: np.ndarray  # [M] at the best threshold on these very scores: optimistic
     members: np.ndarray  # int [M]
     non_members: np.ndarray  # int [M]
+    # cumulative true and false positives of each target as the threshold falls; intervals read them
+    steps: tuple[tuple[np.ndarray, np.ndarray], ...] = field(repr=False)
 
     @property
     def resolved(self) -> np.ndarray:
@@ -56,12 +49,18 @@ class Leakage:
         return float(self.tpr[:, column].mean()) if self.resolved[column] else None
 
     def interval(self, fpr: float, *, model: int, level: float = 0.95) -> Interval:
-        """Clopper-Pearson interval of one model's true positive rate (its members are the trials)."""
-        n, rate = int(self.members[model]), float(self.tpr[model, self._column(fpr)])
-        return proportion(round(rate * n), n, level=level)
+        """Interval of one model's true positive rate at the threshold that exactly `fpr` of ALL non-members would exceed.
+
+        Where that threshold lies among the scores is uncertain: the number of sampled non-members above it is binomial.
+        Given that number, the limits are Clopper-Pearson's over the members; their tails are averaged over it. Taking the
+        measured threshold as given instead covers 63 %, not 95 %, where 5 false positives are expected.
+        """
+        rate = float(self.tpr[model, self._column(fpr)])
+        low, high = rate_limits(*self.steps[model], fpr, (1 - level) / 2)
+        return Interval(rate, low, high, int(self.members[model]))
 
     def over_targets(self, fpr: float, *, level: float = 0.95) -> Interval:
-        """The true positive rate with an interval: Clopper-Pearson for one target, a t-interval over several.
+        """The true positive rate with an interval: `interval` for one target, a t-interval over several.
 
         Targets of one ensemble share samples and serve as each other's references: the interval says how much targets
         differ, not how another draw of the data would. None for a rate that cannot be resolved is the caller's to check.
@@ -100,14 +99,14 @@ def evaluate(
 
     Thresholds are global: they come from ALL non-members of the model, also for a subset. Such a threshold may accuse the
     subset's non-members more often than others: `tpr` of a subset says something about membership only where it exceeds
-    `accused`. One sort a model.
+    `accused`. One sort a model. Raises ValueError for rates outside [0, 1] and for a subset of indices.
     """
     scores, member = _checked(scores, member)
-    inside = member if subset is None else member & np.asarray(subset, dtype=bool)
+    fprs, subset = _rates(fprs), True if subset is None else _flags("subset", subset, member, each=True)
+    inside, beside = member & subset, ~member & subset
     if not inside.any(1).all() or member.all(1).any():
         raise ValueError("every model needs at least one member (of the subset) and one non-member")
-    beside = ~member if subset is None else ~member & np.asarray(subset, dtype=bool)
-    auc, tpr, accused, balanced = [], [], [], []
+    auc, tpr, accused, balanced, steps = [], [], [], [], []
     for s, m, chosen, own in zip(scores, member, inside, beside, strict=True):
         true, false, accusing = _steps(s, chosen, ~m, own)
         auc.append(((true[1:] + true[:-1]) / 2 * np.diff(false)).sum() / (true[-1] * false[-1]))
@@ -116,8 +115,9 @@ def evaluate(
         tpr.append(true[at] / true[-1])
         accused.append(accusing[at] / accusing[-1] if accusing[-1] else np.full(len(at), np.nan))
         balanced.append(((true / true[-1] + 1 - false / false[-1]) / 2).max())
+        steps.append((true.astype(np.int32), false.astype(np.int32)))
     counts = inside.sum(1), (~member).sum(1)
-    return Leakage(tuple(fprs), np.array(auc), np.array(tpr), np.array(accused), np.array(balanced), *counts)
+    return Leakage(fprs, np.array(auc), np.array(tpr), np.array(accused), np.array(balanced), *counts, tuple(steps))
 
 
 def held_out_accuracy(
@@ -170,8 +170,8 @@ def by_group(
     """One row a group: members found at the one global threshold, with Clopper-Pearson limits, and the AUC.
 
     groups: name -> bool [N], or labels [N] for one group a class. Members of all targets are pooled for the limits, so
-    they are too narrow where targets share samples (said in the column's name). Thresholds of their own, chosen on the
-    group's non-members, only where fpr is at least 10 %: elsewhere a group has too few.
+    they are too narrow where targets share samples (said in the column's name), and they take the threshold as given.
+    Thresholds of their own, chosen on the group's non-members, only where fpr is at least 10 %: elsewhere a group has too few.
     """
     scores, member = _checked(scores, member)
     if not isinstance(groups, Mapping):
@@ -203,9 +203,9 @@ def canaries(scores: np.ndarray, member: np.ndarray, planted: np.ndarray, *, fpr
     "at the global threshold": as the attacker of everybody would find them; "among canaries": told apart from canaries
     that were left out, the measure of Aerni, Zhang & Tramer (CCS 2024), None where those cannot resolve `fpr`.
     """
-    planted = np.asarray(planted, dtype=bool)
-    everybody = evaluate(scores, member, fprs=(fpr,), subset=planted)
     scores, member = _checked(scores, member)
+    planted = _flags("planted", planted, member)
+    everybody = evaluate(scores, member, fprs=(fpr,), subset=planted)
     alone = evaluate(scores[:, planted], member[:, planted], fprs=(fpr,))
     return {
         "canaries": int(planted.sum()), "at the global threshold": everybody.tpr_at(fpr), "among canaries": alone.tpr_at(fpr),
@@ -225,20 +225,23 @@ class Reliability:
 def reliably_found(scores: np.ndarray, member: np.ndarray, *, fpr: float, share: float = 0.9) -> Reliability:
     """The samples that are attacked reliably across targets: an average of 5 % may be 5 % of the people, every time.
 
-    Raises ValueError where `fpr` cannot be resolved or a sample is a member (or non-member) of no target.
+    Raises ValueError where `fpr` (in (0, 1]) cannot be resolved or a sample is a member (or non-member) of no target.
     """
     finite("share", share, low=0.5, high=1)
+    if finite("fpr", fpr, low=0, high=1, fix=SHARE) == 0:
+        raise ValueError(f"fpr must be > 0 and <= 1, got {fpr!r}; {SHARE}")
     scores, member = _checked(scores, member)
     outside = int((~member).sum(1).min())
     if fpr * outside < MIN_FALSE_POSITIVES:
-        needed = int(np.ceil(MIN_FALSE_POSITIVES / fpr)) if fpr > 0 else "infinitely many"
+        needed = int(np.ceil(MIN_FALSE_POSITIVES / fpr))
         raise ValueError(f"{outside} non-members cannot resolve a false positive rate of {fpr:g}; that takes {needed}")
     if not member.any(0).all() or member.all(0).any():
         raise ValueError("every sample must be a member of one target at least and a non-member of another")
     accused = np.zeros_like(member)
     for row, s, m in zip(accused, scores, member, strict=True):
         negative = np.sort(s[~m])
-        row[:] = s > negative[len(negative) - 1 - int(np.floor(fpr * len(negative) + 1e-9))]
+        last = len(negative) - 1 - int(np.floor(fpr * len(negative) + 1e-9))
+        row[:] = s > negative[last] if last >= 0 else True
     hit = (accused & member).sum(0) / member.sum(0)
     alarm = (accused & ~member).sum(0) / (~member).sum(0)
     return Reliability(hit, alarm, float(((hit >= share) & (alarm <= 1 - share + 1e-12)).mean()))
@@ -261,22 +264,6 @@ def mean_roc(scores: np.ndarray, member: np.ndarray, *, points: int = 60) -> tup
     return grid, evaluate(scores, member, fprs=tuple(grid)).tpr.mean(0)
 
 
-def proportion(count: int, n: int, *, level: float = 0.95) -> Interval:
-    """count / n with its Clopper-Pearson interval."""
-    found = scipy.stats.binomtest(count, n).proportion_ci(level, method="exact")
-    return Interval(count / n, float(found.low), float(found.high), n)
-
-
-def seed_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
-    """Mean and t-interval over seeds; one value has no interval."""
-    values = np.asarray(values, dtype=np.float64)
-    n, mean = len(values), float(values.mean())
-    if n < 2:
-        return Interval(mean, None, None, n)
-    half = float(scipy.stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n)
-
-
 def _steps(scores: np.ndarray, positive: np.ndarray, negative: np.ndarray, *some: np.ndarray) -> tuple[np.ndarray, ...]:
     """Cumulative true and false positives [steps + 1] as the threshold falls from infinity, one step a distinct score.
 
@@ -288,6 +275,25 @@ def _steps(scores: np.ndarray, positive: np.ndarray, negative: np.ndarray, *some
     s = s[order]
     last = np.append(s[1:] != s[:-1], True)  # the end of every run of equal scores
     return tuple(np.concatenate([[0], np.cumsum(part[counted][order])[last]]) for part in (positive, negative, *some))
+
+
+def _rates(fprs: Sequence[float]) -> tuple[float, ...]:
+    """False positive rates as they came, all in [0, 1]."""
+    if np.ndim(fprs) == 0:
+        raise ValueError(f"fprs must be a sequence of rates, got {fprs!r}; for a single one give ({fprs!r},)")
+    for fpr in fprs:
+        finite("fpr", fpr, low=0, high=1, fix=SHARE)
+    return tuple(fprs)
+
+
+def _flags(name: str, mask: np.ndarray, member: np.ndarray, *, each: bool = False) -> np.ndarray:
+    """bool [N] (or [M, N], where `each` target may have its own); indices and other shapes are refused."""
+    mask, (models, n) = np.asarray(mask), member.shape
+    flags(name, mask, n=n)
+    if mask.shape != (n,) and not (each and mask.shape == (models, n)):
+        allowed = f"[{n}] or [{models}, {n}]" if each else f"[{n}]"
+        raise ValueError(f"{name} must be bool {allowed}, got shape {list(mask.shape)}")
+    return mask
 
 
 def _best_threshold(scores: np.ndarray, member: np.ndarray) -> float:

@@ -74,6 +74,8 @@ class Guarantee:
         )
         if self.selection == "from_data" and self.protected < self.n:
             text += "; given the set; end to end: none"
+        if b.delta * self.n >= 1:
+            text += f"; delta is not below 1/{self.n:,}: publishing one sample at random would pass"
         return f"{text}; not accounted: {', '.join(self.not_accounted)}"
 
 
@@ -286,7 +288,11 @@ class SelectiveDP(Mechanism):
         self, *, sampling_rate: float, steps: int, delta: float, n: int, poisson: bool = True, batch_norm: bool = False,
         model: int = 0,
     ) -> Guarantee:
-        """(epsilon, delta) under add/remove for each single protected sample, conditional on the protected set."""
+        """(epsilon, delta) under add/remove for each single protected sample, conditional on the protected set.
+
+        Raises ValueError when the flags do not fit n samples.
+        """
+        self.check(n)
         sigma = _of_model(self.noise_multiplier, model)
         protected = n
         if self.protected is not None:

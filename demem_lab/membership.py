@@ -24,6 +24,7 @@ from demem_lab.validate import choice, finite
 PRIOR_DEGREES = 8.0  # how many observations the pooled variance counts for in the shrunk variance
 VARIANCE_FLOOR = 1e-6
 ROUNDING = 1e-12
+ONE = 1e-6  # how far above 1 a softmax in float32 may round
 COLUMNS = 4096
 
 
@@ -78,7 +79,7 @@ def lira(
                     f"{int(m.count.min())}; train at least {2 * needed + 2} models in complementary halves"
                 )
         # one reference each: no spread to estimate, and with equal ones its size drops out
-        spread = variance == "per_sample" or (inside.free.any() and outside.free.any())
+        spread = variance == "per_sample" or (outside.free.any() and (not online or inside.free.any()))
         for part in _parts(member.shape[1]):
             x, a, b = query[:, part], inside.columns(part), outside.columns(part)
             v_in, v_out = (_variances(a, variance), _variances(b, variance)) if spread else (1.0, 1.0)
@@ -99,9 +100,15 @@ def rmia(
     ((1 + a) p_out + 1 - a) / 2 with a = `offline_a`. With a `population` (bool [N]) the score is the fraction of it whose
     ratio, times gamma, x's ratio reaches. Without one it is the ratio itself, which orders one target's samples alike.
     In the paper several queries vote, here their confidences are averaged; p is the plain softmax of the label.
+    Raises ValueError where a p is no probability, or a sample lacks an out-reference.
     """
     finite("gamma", gamma, low=0)
     signal, member = _checked(p, member)
+    if signal.min() < 0 or signal.max() > 1 + ONE:
+        raise ValueError(
+            f"p must lie in [0, 1], got values from {signal.min():g} to {signal.max():g}; RMIA reads probabilities of the label, "
+            "signals.confidence(logits, y), not logits or margins"
+        )
     other, p = twins(member), signal.mean(0)
     outside = _moments(p, ~member, other)
     if outside.count.min() < 1:
@@ -246,6 +253,9 @@ def _checked(signal: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.nda
     signal = signal[None] if signal.ndim == 2 else signal
     if signal.ndim != 3 or signal.shape[1:] != member.shape:
         raise ValueError(f"signal must be [M, N] or [Q, M, N] with member [M, N], got {signal.shape} and {member.shape}")
+    if not signal.size:
+        shape = list(signal.shape[-2:])
+        raise ValueError(f"an attack needs at least one model and one sample, got {shape}; check how they were chosen")
     if not np.isfinite(signal).all():
         raise ValueError("the signal must be finite; compute it from logits with logit_margin")
     return signal, member

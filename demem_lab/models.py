@@ -40,6 +40,12 @@ class MLP:
     mean: float = 0.0
     std: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.hidden, (tuple, list)):
+            raise ValueError(f"hidden must be the layers' widths, such as (128, 128), got {self.hidden!r}")
+        widths = tuple(integer("a hidden layer's width", width, low=1) for width in self.hidden)
+        object.__setattr__(self, "hidden", widths)  # a list could not be part of a key
+
     def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
         """M freshly initialised networks for images of `shape` (C, H, W)."""
         return initialised(_Dense(self, models, math.prod(shape), classes), seeds, device)
@@ -59,6 +65,7 @@ class SmallCNN:
         integer("image height", shape[1], low=8, fix="use the MLP for smaller images")
         if integer("width", self.width, low=4) % 4:
             raise ValueError(f"width must be a multiple of 4, for GroupNorm's four groups, got {self.width}")
+        integer("hidden", self.hidden, low=1)
         return initialised(_Convolutional(self, models, shape, classes), seeds, device)
 
 
@@ -77,6 +84,7 @@ class ResNet18:
 
     def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
         """M freshly initialised networks for images of `shape` (C, H, W)."""
+        integer("width", self.width, low=1)
         return initialised(_Residual(self, models, shape, classes), seeds, device)
 
 
@@ -113,6 +121,7 @@ class VGG:
     def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network:
         """M freshly initialised networks for images of `shape` (C, H, W), H and W at least 8."""
         integer("image height", min(shape[1:]), low=8, fix="use the MLP for smaller images")
+        integer("width", self.width, low=1)
         return initialised(_Pairs(self, models, shape, classes), seeds, device)
 
 

@@ -25,7 +25,6 @@ SINGLE = tuple(f"{side}_{what}" for side in SIDES for what in (
 ))
 ENSEMBLE = ("logits", "probs", "labels", "membership", "adv_logits", "adv_probs")
 KNOWN = frozenset(SINGLE + ENSEMBLE)
-MIN_FALSE_POSITIVES = 5
 ROUNDING = 1e-3  # how far from 1 a row of probabilities may sum; float16 takes half of it
 LARGEST = 1e100  # differences of larger logits overflow, and no network says such a thing
 
@@ -75,6 +74,8 @@ def outputs_from_arrays(
     parts = _one_model(arrays, warnings) if single else _many_models(arrays)
     outputs = _checked(*parts, warnings, source)
     if finest_fpr is not None:
+        from demem_lab.leakage import MIN_FALSE_POSITIVES  # brings pandas and scipy; a file is looked at without them
+
         smallest = int((~outputs.membership).sum(1).min())
         if finest_fpr * smallest < MIN_FALSE_POSITIVES:
             raise ValueError(

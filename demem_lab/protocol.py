@@ -15,7 +15,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,7 +39,7 @@ from demem_lab.sampling import Poisson, Shuffled
 from demem_lab.store import Store
 from demem_lab.streams import key, model_seeds
 from demem_lab.training import Ensemble, Recipe
-from demem_lab.validate import choice, finite, integer
+from demem_lab.validate import choice, finite, instance, integer
 
 MODULES = (*training.MODULES, "queries", "protocol", "accounting")  # what is promised is kept with the numbers
 OBJECTIVES = ("natural", "pgd-at", "trades", "awp", "trades-awp")
@@ -84,9 +84,19 @@ class Protocol:
         integer("models", self.models, low=4, fix="leave-one-out attacks need references on both sides")
         if self.models % 2:
             raise ValueError(f"models must be even, because members come in complementary halves, got {self.models}")
-        finite("fraction", self.fraction, low=0, high=1)
-        finite("risk_threshold", self.risk_threshold, low=0)
-        finite("decay_at", self.decay_at, low=0, high=1)
+        for name in ("subset", "attack_steps", "query_steps", "batch_size", "scoring_epochs"):
+            integer(name, getattr(self, name), low=0 if name == "subset" else 1)
+        integer("seed", self.seed)
+        for name in ("eps", "attack_step", "query_step", "lr", "weight_decay", "noise_multiplier", "max_grad_norm", "dp_lr",
+                     "risk_threshold"):
+            finite(name, getattr(self, name), low=0)
+        for name in ("fraction", "decay_at", "delta"):
+            finite(name, getattr(self, name), low=0, high=1)
+        finite("epochs", self.epochs, low=0.01, high=100_000)
+        if not isinstance(self.lams, (tuple, list)):
+            raise ValueError(f"lams must be a tuple of numbers, such as (0.2, 0.6), got {self.lams!r}")
+        for lam in self.lams:
+            finite("lam", lam, low=0)
 
     def load(self, root: str | Path | None = None, *, download: bool = False) -> Dataset:
         """The images; `root` as in data.load."""
@@ -169,17 +179,22 @@ def run(
     `training.train`; the store must be on a file system that its workers see. Raises ValueError for an unknown arm, and for a
     file that would lose arms or is something else, before anything is trained.
     """
+    instance("protocol", protocol, Protocol, example="PROFILES['smoke']")
     treatments = arms_of(protocol)
+    if isinstance(arms, str):
+        raise ValueError(f"arms must be a list of names, got {arms!r}; write ({arms!r},)")
     arms = tuple(arms) or tuple(treatments)
     for name in arms:
         choice("arm", name, treatments)
+    if save is not None and Path(save).is_dir():
+        raise ValueError(f"save must name a file, and {save} is a folder; give {Path(save) / 'results.json'}, for instance")
     if save is not None and Path(save).exists():
         lost = [name for name in Results.load(save).arms if name not in arms]
         if lost:
             raise ValueError(f"{save} holds {', '.join(lost)}, which this run would drop; add them to arms, or save elsewhere")
     store, dataset = store or Store(), protocol.load(root, download=download)
     device = farm.suited(device, dataset.name)
-    began, seconds = time.time(), 0.0
+    began, seconds, machine = time.time(), 0.0, None
     score = risk_score(protocol, dataset, store=store, device=device, progress=progress, executor=executor)
     members = data.member_masks(dataset.n, protocol.models, seed=key(protocol.seed, "members") % 2**31)
     seeds = model_seeds(protocol.seed, protocol.models)
@@ -189,10 +204,11 @@ def run(
         arm = treatments[name]
         recipe = protocol.recipe(arm.mechanism(protocol, score), lr=arm.rate(protocol))
         tables, text, took = _tables(protocol, dataset, members, seeds, recipe, name, store, device, progress, executor)
+        machine = machine or _machine_of(device, executor)
         measured[name] = measure(tables, dataset.y.numpy(), members.numpy(), at_risk=top)
         promised[name], seconds = text, seconds + took
         settings = {**json.loads(json.dumps(asdict(protocol))), "images": dataset.n}
-        done = Results(settings, measured, promised, _provenance(device, seconds, began))
+        done = Results(settings, measured, promised, _provenance(machine, seconds, began))
         if save is not None:
             done.save(save)
     return done
@@ -223,8 +239,15 @@ def tune(
 ) -> dict[float, float]:
     """Robust accuracy of non-members under each learning rate, on models of another seed that no result reports.
 
-    device as in `run`.
+    device as in `run`. Raises ValueError for an unknown arm, bad rates or an odd number of models.
     """
+    instance("protocol", protocol, Protocol, example="PROFILES['smoke']")
+    choice("arm", name, arms_of(protocol))
+    if isinstance(rates, str) or not isinstance(rates, Iterable):
+        raise ValueError(f"rates must be a list of learning rates, such as (0.05, 0.1), got {rates!r}")
+    rates = [finite("a learning rate", rate, low=0) for rate in rates]
+    if integer("models", models, low=2) % 2:
+        raise ValueError(f"models must be even, because members come in complementary halves, got {models}")
     store, dataset = store or Store(), protocol.load(root)
     device = farm.suited(device, dataset.name)
     other = replace(protocol, seed=protocol.seed + 1_000)
@@ -270,14 +293,27 @@ def _query(ensemble: Ensemble, dataset: Dataset, attack: PGD, device: str, execu
     return {"clean": clean, "adversarial": moved, "robust": robust & (seeing.argmax(-1) == y)}
 
 
-def _provenance(device: str, seconds: float, began: float) -> dict:
-    on = farm.device(device)
-    card = torch.cuda.get_device_name(on) if on.type == "cuda" else platform.processor() or platform.machine()
+def _provenance(machine: dict, seconds: float, began: float) -> dict:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
+    date = time.strftime("%Y-%m-%d", time.gmtime(began))
     return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime(began)), "commit": commit or "unknown", "torch": torch.__version__,
-        "numpy": np.__version__, "python": platform.python_version(), "device": on.type, "processor": card,
-        "cores": farm.workers("cpu"), "seconds of training and queries": round(seconds, 1),
+        "date": date, "commit": commit or "unknown", **machine, "seconds of training and queries": round(seconds, 1),
+    }
+
+
+def _machine_of(device: str, executor: Executor | None) -> dict:
+    """What computes: this machine, or one of the executor's workers, which should all be of a kind."""
+    if executor is None:
+        return _machine(farm.device(device))
+    return farm.run(_machine, [farm.device_of(executor, device)], executor=executor)[0]
+
+
+def _machine(on: torch.device, stop=None) -> dict:
+    there = on.type == "cuda" and torch.cuda.is_available()  # a worker without its GPU is told off when it is to train
+    return {
+        "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "device": on.type,
+        "processor": torch.cuda.get_device_name(on) if there else platform.processor() or platform.machine(),
+        "cores": farm.workers("cpu"),
     }

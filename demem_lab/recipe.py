@@ -21,7 +21,7 @@ from demem_lab.objectives import Natural, Objective
 from demem_lab.optimizers import SGD, AdamW, HalfFlat, Schedule
 from demem_lab.precision import Precision
 from demem_lab.sampling import Poisson, Sampler
-from demem_lab.validate import choice, finite, integer, member_mask
+from demem_lab.validate import choice, finite, instance, integer, member_mask, shown
 
 MODULES = (
     "streams", "data", "augment", "precision", "layers", "networks", "models", "attacks", "objectives",
@@ -44,6 +44,14 @@ class Recipe:
     precision: Precision = Precision.FLOAT32  # of the layers; losses, norms and noise are in float32 with any
 
     def __post_init__(self) -> None:
+        instance("model", self.model, having="build", example="MLP()")
+        instance("objective", self.objective, having="__call__", example="PGDAT(PGD(eps=0.1))")
+        instance("mechanism", self.mechanism, Mechanism, example="Plain()")
+        instance("optimizer", self.optimizer, having="for_models", example="SGD()")
+        instance("sampler", self.sampler, having="batch_size", example="Poisson(50)")
+        instance("schedule", self.schedule, having="__call__", example="HalfFlat()")
+        if self.augment is not None:
+            instance("augment", self.augment, having="__call__", example="CropFlip() (or None)")
         finite("epochs", self.epochs, low=0.01, high=100_000)
         choice("precision", self.precision, Precision)
 
@@ -106,9 +114,12 @@ class Job:
 
 def check(dataset: Dataset, members: Tensor, recipe: Recipe, seeds: Sequence[int], dtype: torch.dtype) -> None:
     """ValueError unless masks, seeds, settings and batch sizes fit the data and each other."""
+    instance("dataset", dataset, Dataset, example="load('digits')")
+    instance("recipe", recipe, Recipe, example="Recipe(model=MLP())")
     member_mask(members, n=dataset.n)
-    if len(seeds) != len(members):
-        raise ValueError(f"{len(members)} models need {len(members)} seeds, got {len(seeds)}")
+    _check_seeds(seeds, len(members))
+    half = "for 16 bits in the layers say Recipe(precision=Precision.AUTO)"
+    choice("dtype", dtype, (torch.float32, torch.float64), fix=half)
     if dtype == torch.float64 and recipe.precision in (Precision.BFLOAT16, Precision.FLOAT16):
         raise ValueError(f"weights in float64 and layers in {recipe.precision.value} do not go together; use Precision.FLOAT32")
     smallest = int(members.sum(1).min())
@@ -118,3 +129,13 @@ def check(dataset: Dataset, members: Tensor, recipe: Recipe, seeds: Sequence[int
     recipe.optimizer.for_models(range(len(members)), len(members))
     if isinstance(recipe.sampler, Poisson) and getattr(recipe.model, "norm", "group") == "batch":
         raise ValueError("batch normalisation cannot see Poisson batches of changing size; use Shuffled(...) or norm='group'")
+
+
+def _check_seeds(seeds: Sequence[int], models: int) -> None:
+    if isinstance(seeds, (str, bytes)) or not hasattr(seeds, "__len__") or getattr(seeds, "ndim", 1) != 1:
+        fix = f"model_seeds(0, {models}) makes them"
+        raise ValueError(f"seeds must be whole numbers, one for each of the {models} models, got {shown(seeds)}; {fix}")
+    if len(seeds) != models:
+        raise ValueError(f"{models} models need {models} seeds, got {len(seeds)}")
+    for seed in seeds:
+        integer("a seed", seed)

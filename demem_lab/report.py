@@ -175,8 +175,9 @@ def _section(report: AuditReport, anchor: str) -> str:
     use = {**report.utility, **{f"robust: {k}": v for k, v in report.robustness.items()}}
     parts.append("<h3>Utility and robustness</h3>" + pages.table(pd.DataFrame({"share": use})))
     parts.append("<h3>Attacks</h3>" + pages.table(_attacks(report)) + pages.paragraph(
-        "Members found (TPR), with 95 % intervals. The optimistic balanced accuracy chooses its threshold on the scores that it "
-        "judges (Song & Mittal 2021); the next two columns choose it on the other half of the samples, once for all and once "
+        f"Members found (TPR), with 95 % intervals ({obtained['intervals']}). "
+        "The optimistic balanced accuracy chooses its threshold on the scores that it judges (Song & Mittal 2021); the next two "
+        "columns choose it on the other half of the samples, once for all and once "
         f"for each class. Precision: the share of members among those accused, if {_percent(obtained['prior'])} of all are."
     ))
     if report.canaries:
@@ -190,7 +191,7 @@ def _section(report: AuditReport, anchor: str) -> str:
         groups = pd.DataFrame(report.groups).drop(columns=["attack", "query", "fpr"])
         parts.append("<h3>By group</h3>" + pages.table(groups) + pages.paragraph(
             f"By {first['attack']}, {first['query']} queries, one global threshold ({_percent(first['fpr'])} false positives); "
-            "limits pool the members of all targets and are too narrow where targets share samples."
+            "limits pool the members of all targets, take the threshold as given and are too narrow where targets share samples."
         ))
     if report.skipped:
         parts.append("<h3>Not done</h3>" + pages.table(pd.DataFrame({"why": report.skipped})))

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from demem_lab.leakage import Interval, evaluate, seed_interval
+from demem_lab.leakage import MIN_FALSE_POSITIVES, Interval, evaluate, seed_interval
 from demem_lab.membership import lira, rmia
 from demem_lab.signals import confidence, logit_margin
 
 FPRS = (0.1, 0.05, 0.02, 0.01, 0.001)
-MIN_FALSE_POSITIVES = 5
 
 
 @dataclass(frozen=True)

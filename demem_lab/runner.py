@@ -96,6 +96,8 @@ def parameters(notebook: str | Path) -> dict[str, Parameter]:
             raise
         fix = "its parameters cell holds lines of the form 'name: type = literal'"
         raise ParameterError(f"{path.name} cannot be read: {error}; {fix}") from None
+    except OSError as error:
+        raise ParameterError(f"{path} cannot be read: {error.strerror}; give the path of an .ipynb file") from None
 
 
 def _parameters(path: Path) -> dict[str, Parameter]:
@@ -218,7 +220,8 @@ def _own_kernel():
         spec = Path(folder, "kernels", name)
         spec.mkdir(parents=True)
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
-        spec.joinpath("kernel.json").write_text(json.dumps({"argv": argv, "display_name": name, "language": "python"}))
+        kernel = json.dumps({"argv": argv, "display_name": name, "language": "python"})
+        spec.joinpath("kernel.json").write_text(kernel, encoding="utf-8")
         paths = os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))
         threads = os.environ.get("OMP_NUM_THREADS", "1")
         with _environment(JUPYTER_PATH=paths, DEMEM_HEADLESS="1", OMP_NUM_THREADS=threads):
@@ -230,7 +233,7 @@ def _store_log():
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "store.jsonl")
         with _environment(DEMEM_STORE_LOG=str(log)):
-            yield lambda: [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+            yield lambda: [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
 @contextmanager
@@ -243,7 +246,7 @@ def _watching(out: Path, say: Callable[[str], None]):
         while not last:
             last = stop.wait(1.0)  # and once more when all is done
             try:
-                cells = [c for c in json.loads(out.read_text())["cells"] if c["cell_type"] == "code"]
+                cells = [c for c in json.loads(out.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
             except (OSError, ValueError):
                 continue  # not written yet, or being written just now
             done = [c["metadata"].get("papermill", {}).get("status") for c in cells]

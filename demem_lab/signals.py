@@ -74,7 +74,7 @@ def label_robustness(tables: list[np.ndarray], y: np.ndarray) -> np.ndarray:
     """
     if not len(tables):
         raise ValueError("label robustness needs at least one table of logits, got none")
-    return np.mean([_array(table).argmax(-1) == np.asarray(y) for table in tables], axis=0)
+    return np.mean([(z := _array(table)).argmax(-1) == _labels(z, y) for table in tables], axis=0)
 
 
 def margin_from_probability(p: np.ndarray, *, smallest: float = SMALLEST) -> np.ndarray:
@@ -137,10 +137,22 @@ def _log_softmax(z: np.ndarray) -> np.ndarray:
     return z - np.log(np.exp(z).sum(-1))[..., None]
 
 
-def _index(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _labels(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Labels [N] that fit logits [..., N, K]: -1 would silently be the last class."""
     y = np.asarray(y.detach().cpu() if hasattr(y, "detach") else y)
     if y.shape != z.shape[-2:-1]:
         raise ValueError(f"labels must be [N] for logits [..., N, K], got {list(y.shape)} and {list(z.shape)}")
+    classes = z.shape[-1]
+    if y.size and (y.min() < 0 or y.max() >= classes):
+        raise ValueError(
+            f"labels must lie in 0..{classes - 1} for logits of {classes} classes, got values from {y.min()} to {y.max()}; "
+            "number the classes from 0"
+        )
+    return y
+
+
+def _index(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    y = _labels(z, y)
     return np.broadcast_to(y[..., None], (*z.shape[:-1], 1))
 
 

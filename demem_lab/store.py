@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -158,7 +159,7 @@ class Store:
 
     def count(self, text: str = "") -> int:
         """How many entries have `text` (a fingerprint, say) in their configuration; reads no arrays."""
-        return sum(text in file.read_text() for file in self.root.glob("*/*.json"))
+        return sum(text in file.read_text(encoding="utf-8") for file in self.root.glob("*/*.json"))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -242,9 +243,11 @@ def _versions() -> dict[str, str]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{os.getpid()}-{threading.get_ident()}-")
+    # not by mkstemp, whose files are for their owner alone: in a store that several people share the umask decides
+    name = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{secrets.token_hex(8)}")
+    file = open(name, "xb")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -258,5 +261,5 @@ def _log(kind: str, key: str, fresh: bool, seconds: float) -> None:
     """One line for whoever runs this notebook and wants to tell what was computed and what was reused."""
     log = os.environ.get("DEMEM_STORE_LOG")
     if log:
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "key": key, "fresh": fresh, "seconds": round(seconds, 3)}) + "\n")

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from demem_lab import farm
-from demem_lab.attacks import PGD, autoattack, check_query, frozen, predictions, withstands
+from demem_lab.attacks import NFGSM, PGD, autoattack, check_query, frozen, predictions, withstands
 from demem_lab.signals import label_robustness
-from demem_lab.validate import integer
+from demem_lab.validate import instance, integer
 
 BATCH = 256
 LEVELS = (0.25, 0.5, 0.75)  # of the radius, besides the radius itself: for who withstands how much
@@ -62,10 +62,13 @@ def ask(
     """The outputs of one torch model on members=(images, labels) and on others, clean and, with `eps` or `attack`, attacked.
 
     net maps [B, C, H, W] in [0, 1] to logits [B, K]; it is asked in evaluation mode, and its mode and device come back as
-    they were. autoattack_on: AutoAttack is run on so many non-members. Raises ValueError for data that do not fit.
+    they were. attack: one of `attacks`, whose random numbers are the same every time, or any function (net, x, y) -> images.
+    autoattack_on: AutoAttack is run on so many non-members. Raises ValueError for data that do not fit.
     """
     if members is None or non_members is None:
         raise ValueError("a model alone cannot be audited: give members=(images, labels) and non_members=(images, labels)")
+    if attack is not None:
+        instance("attack", attack, having="__call__", example="PGD(0.03)")
     integer("autoattack", autoattack_on, low=0, high=len(non_members[0]), fix="it is a number of non-members")
     if autoattack_on and eps is None:
         raise ValueError("AutoAttack needs a radius: give eps in pixel units of [0, 1]")
@@ -85,12 +88,14 @@ def _asked(net, sides: Mapping, eps, attack, autoattack_on: int, where) -> Asked
         x, y = torch.as_tensor(x).to(where), torch.as_tensor(y).to(where)
         check_query(net, x, y)
         clean, moved, withstood = [], [], []
+        random = torch.Generator(where).manual_seed(0)  # asked again, the model gives the same answers
+        drawn = {"rng": random} if isinstance(attack, (PGD, NFGSM)) else {}
         for start in range(0, len(x), BATCH):
             part, label = x[start : start + BATCH], y[start : start + BATCH]
             clean.append(_logits(net, part))
             if attack is not None:
-                moved.append(_logits(net, attack(net, part, label)))
-                nearer = [_logits(net, grader(net, part, label)) for grader in graders]
+                moved.append(_logits(net, attack(net, part, label, **drawn)))
+                nearer = [_logits(net, grader(net, part, label, **drawn)) for grader in graders]
                 graded.append(label_robustness([clean[-1], *nearer, moved[-1]], label.cpu()))
             if judges and side == "nonmember":
                 rng = torch.Generator(where).manual_seed(0)

@@ -98,7 +98,7 @@ def train(
     chunk: int | None = None, dtype: torch.dtype = torch.float32, checkpoint_seconds: float = CHECKPOINT_SECONDS,
     executor: Executor | None = None, deterministic: bool = False, compiled: bool = False, watch: Watch | None = None,
 ) -> Ensemble:
-    """Train one model for each row of `members` (bool [M, N]).
+    """Train one model for each row of `members` (bool [M, N], of torch or NumPy).
 
     seeds: one a model. store: results are kept there and reused; an interrupted or killed run continues. trace: keep the
     loss of every sample in every epoch. chunk: models in one batched product (default: measured). dtype: of the weights.
@@ -107,15 +107,17 @@ def train(
     `checkpoint_seconds` of one chunk, and images are read from there. Without a store every chunk carries them.
     deterministic: two runs on a GPU give the same bits, and are slower (on a CPU they do anyway). compiled: let torch.compile
     fuse the network's passes; up to a minute at first, other roundings. watch: told of every step (not of those an executor
-    takes), and able to stop.
-    Raises ValueError for masks, flags or batch sizes that do not fit the data, MemoryError when not even one model fits
+    takes), and able to stop. On a CPU torch computes with one thread from here on (`farm.one_thread_each` says why).
+    Raises ValueError for masks, flags, seeds, devices or batch sizes that do not fit, MemoryError when not even one model fits
     (chunks that do not are halved, with a ChunkHalved warning), farm.ExecutorDied when the executor stops working.
     """
     check(dataset, members, recipe, seeds, dtype)
+    members = torch.tensor(members) if isinstance(members, np.ndarray) else members
+    seeds = tuple(map(int, seeds))
     on = farm.device(device) if executor is None else farm.device_of(executor, device)
     recipe = replace(recipe, precision=_resolved(recipe.precision, on, executor))  # kept results say what it was
     expected = members.double().sum(1).mean().item()
-    job = Job(dataset, members, recipe, tuple(seeds), on, trace, dtype, expected, deterministic, compiled)
+    job = Job(dataset, members, recipe, seeds, on, trace, dtype, expected, deterministic, compiled)
     run = _Run(job, store, progress, label, chunk, checkpoint_seconds, executor, watch)
     if store is None:
         return _gathered(job, _packed(run.chunks()), fresh=True)

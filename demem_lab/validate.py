@@ -14,11 +14,12 @@ from typing import Any
 
 
 def finite(name: str, value: float, *, low: float | None = None, high: float | None = None, fix: str = "") -> float:
-    """`value` as a float; ValueError unless it is a finite number with low <= value <= high."""
+    """`value` as a float; ValueError unless it is a finite number with low <= value <= high. Text is no number, nor is True."""
     bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", low), ("<=", high)) if bound is not None]
     wanted = " and ".join(["finite", *bounds])
     try:
-        number = float(value)
+        # callers go on with what they gave, so text must not pass because it could be converted
+        number = float(None if isinstance(value, (str, bytes, bool)) else value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(_sentence(f"{name} must be a number, {wanted}, got {value!r}", fix)) from None
     outside = (low is not None and number < low) or (high is not None and number > high)
@@ -30,7 +31,7 @@ def finite(name: str, value: float, *, low: float | None = None, high: float | N
 def integer(name: str, value: int, *, low: int | None = None, high: int | None = None, fix: str = "") -> int:
     """`value` as an int; ValueError unless it is a whole number with low <= value <= high."""
     number = finite(name, value, low=low, high=high, fix=fix)
-    if number != int(number) or isinstance(value, bool):
+    if number != int(number):
         raise ValueError(_sentence(f"{name} must be a whole number, got {value!r}", fix))
     return int(number)
 
@@ -41,6 +42,22 @@ def choice(name: str, value: Any, allowed: Iterable[Any], *, fix: str = "") -> A
     if value not in allowed:
         raise ValueError(_sentence(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}", fix))
     return value
+
+
+def instance(name: str, value: Any, kind: type = object, *, having: str = "__class__", example: str) -> Any:
+    """`value`; ValueError unless it is an object of that kind, with that method: its class or its name will not do."""
+    if isinstance(value, type) or not isinstance(value, kind) or not hasattr(value, having):
+        wanted = "an object" if kind is object else f"a {kind.__name__},"
+        raise ValueError(f"{name} must be {wanted} such as {example}, got {shown(value)}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """`value` for a sentence: classes and functions by their name, large things by what they are."""
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the {'class' if isinstance(value, type) else 'function'} {value.__name__}"
+    text = repr(value)
+    return text if len(text) <= 100 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def images(x: Any) -> None:
@@ -71,7 +88,8 @@ def member_mask(mask: Any, *, n: int, models: int | None = None) -> None:
         wanted = f"[{'models' if models is None else models}, {n}]"
         raise ValueError(f"the membership mask must have shape {wanted}, one column for each sample, got {_shape(mask)}")
     if str(mask.dtype).split(".")[-1] != "bool":
-        raise ValueError(f"the membership mask must be bool, got {mask.dtype}; convert with .bool()")
+        fix = "convert with .bool()" if hasattr(mask, "detach") else "compare it with a number, or convert with .astype(bool)"
+        raise ValueError(f"the membership mask must be bool, got {mask.dtype}; {fix}")
     if not mask.shape[0]:
         raise ValueError("the membership mask has no rows; train at least one model")
     empty = [m for m in range(mask.shape[0]) if not bool(mask[m].any())]

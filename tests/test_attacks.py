@@ -362,3 +362,16 @@ def test_cross_entropy_laid_out_otherwise_is_torchs(rows, classes):
     for a, b in zip(torch.autograd.grad(found.sum(), logits), torch.autograd.grad(wanted.sum(), logits), strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
     assert torch.allclose(attacks.log_softmax(logits), logits.log_softmax(-1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("chosen", "words"), [
+    ([PGD(0.1), NFGSM(0.1)], r"judged by PGD, whose images stay within eps, got NFGSM\(.*\); use PGD\(eps\).*is for training"),
+    ([PGD], "judged by PGD.*got the class PGD"), (["pgd"], "judged by PGD.*got 'pgd'"),
+    (FGSM, "attacks must be a list.*got the function FGSM"), ("pgd", "attacks must be a list.*got 'pgd'"),
+    (PGD(0.1), r"attacks must be a list.*\[PGD"),
+])
+def test_robustness_is_judged_only_by_attacks_that_stay_in_the_ball(chosen, words):
+    net, (x, y) = TwoClasses(), task()
+    for judged in (attacks.robust_accuracy, attacks.withstands):
+        with pytest.raises(ValueError, match=words):
+            judged(net, x, y, chosen)

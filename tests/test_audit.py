@@ -389,3 +389,22 @@ def test_npy_files_and_equal_names_on_the_command_line(tmp_path):
     for rate in ("0", "-1", "nan", "0.0001"):
         run = CliRunner().invoke(app, ["report", str(one), "--fpr", rate])
         assert run.exit_code == 2 and "false positive rate" in run.output and "Traceback" not in run.output
+
+
+@pytest.mark.parametrize("models", [2, 3])
+def test_complementary_twins_are_no_independent_coins(models):
+    coins = np.random.default_rng(0).random((2, 1200)) < 0.5
+    arrays = ensemble(models=models + models % 2) | {"membership": np.stack([coins[0], ~coins[0], coins[1]])[:models]}
+    arrays = {name: a[:models] if a.ndim > 1 else a for name, a in arrays.items()}
+    with pytest.raises(ValueError, match="models 0 and 1 were trained on complementary halves.*leave independent_coins out"):
+        audit(arrays, independent_coins=True, fprs=(0.1,))
+    assert "independent_coins=True" in audit(arrays, fprs=(0.1,)).skipped["empirical epsilon"]
+
+
+def test_the_report_says_what_its_intervals_are():
+    one, many = audit(single(), fprs=(0.1,)), audit(ensemble(), fprs=(0.1,))
+    assert "the uncertainty of the threshold included" in one.obtained["intervals"]
+    assert "t-interval over targets" in many.obtained["intervals"]
+    for report in (one, many):
+        assert f"95 % intervals ({report.obtained['intervals']})" in report.to_html()
+    assert "take the threshold as given" in many.to_html()

@@ -1,5 +1,6 @@
 """The white-box audit must leave the real mechanism standing and catch planted bugs."""
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -134,3 +135,11 @@ def test_bad_input(settings, words):
         audit_mechanism(selective(), **settings)
     with pytest.raises(ValueError, match="canaries"):
         audit_in_one_run(selective(), canaries=999)
+
+
+@pytest.mark.parametrize("epsilon", [5.671, 5.679, 12.34])
+def test_a_claim_is_never_printed_smaller_than_it_is(epsilon):
+    found = audit_mechanism(selective(), trials=100)
+    claimed = replace(found.claimed, budget=replace(found.claimed.budget, epsilon=epsilon))
+    shown = re.search("claimed: epsilon ([0-9.]+)", str(replace(found, claimed=claimed)))
+    assert epsilon <= float(shown[1]) <= epsilon * 1.01

@@ -93,3 +93,11 @@ def test_a_cell_may_be_given_a_time_limit(tmp_path):
 def test_help_names_the_commands():
     result = call("--help")
     assert result.exit_code == 0 and "run" in result.output and "tour" in result.output
+
+
+@pytest.mark.parametrize("name", ["../..", ".", "", "images", "**", "**x", "../README.md", "/", "x.ipynb"])
+def test_what_is_no_notebook_is_one_sentence(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.ipynb").mkdir()
+    result = call("run", name, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and f"no notebook {name!r}" in result.output and "Traceback" not in result.output

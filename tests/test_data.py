@@ -88,6 +88,10 @@ X, Y = torch.rand(6, 1, 4, 4), torch.tensor([0, 1, 0, 1, 0, 1])
 @pytest.mark.parametrize(("x", "y", "words"), [
     (X + 0.5, Y, "pixels"), (X.clone().fill_(float("nan")), Y, "pixels"), (X[0], Y, "shape"), (X, Y[:5], "shape"),
     (X, Y + 1, "0..1"), (X, Y * 0, "at least 2 classes"), (X[:0], Y[:0], "shape"), ((X * 255).byte(), Y, "floating point"),
+    (X.numpy(), Y, "images must be a torch tensor, got ndarray; convert with torch.as_tensor"),
+    (X, Y.numpy(), "labels must be a torch tensor, got ndarray"), ([[0.5]], Y, "images must be a torch tensor, got list"),
+    (X.double(), Y, r"images must be float32, got torch.float64; convert with .float\(\)"),
+    (X.half(), Y, "images must be float32"),
 ])
 def test_a_dataset_checks_itself(x, y, words):
     with pytest.raises(ValueError, match=words):

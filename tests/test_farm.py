@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
+import torch
 
 from demem_lab import farm
 
@@ -102,3 +103,20 @@ def test_a_pool_of_processes_that_loses_one_is_dead():
     with pytest.raises(farm.ExecutorDied, match="after 0 of 1 chunks"):
         farm.run(die_at_chunk_2, [0], executor=processes)
     processes.shutdown()
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "tpu", "non sense", "cuda:x", "", None, 1.5, torch.device("meta")])
+def test_only_a_cpu_or_a_cuda_gpu_is_computed_on(name):
+    for resolved in (farm.device, lambda asked: farm.device_of(None, asked)):
+        with pytest.raises(ValueError, match=r"^device must be 'auto', 'cpu' or 'cuda' \(or 'cuda:1', the second of several\), "):
+            resolved(name)
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "cuda:1", torch.device("cuda")):
+        with pytest.raises(ValueError, match="no GPU that torch can use; take 'auto' or 'cpu'"):
+            farm.device(name)
+        assert farm.device_of(None, name).type == "cuda"  # the workers may have what this machine has not
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert farm.device("cuda:1") == torch.device("cuda", 1)

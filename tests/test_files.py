@@ -3,6 +3,8 @@
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 
@@ -246,3 +248,19 @@ def test_memory_is_what_the_container_has(tmp_path):
     assert files._available(tmp_path) == 800_000
     (tmp_path / "memory.max").write_text("max\n")
     assert files._available(tmp_path) > 1e6
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_written_outputs_can_be_read_by_whom_the_umask_lets(tmp_path, suffix, mask, mode):
+    path = tmp_path / f"o{suffix}"
+    written = "files.write(sys.argv[1], {'a': numpy.ones(2)})"
+    script = f"import os, sys, numpy; from demem_lab import files; os.umask({mask}); {written}"
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True)
+    assert path.stat().st_mode & 0o777 == mode and [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_wrong_suffix_leaves_no_file(tmp_path):
+    with pytest.raises(ValueError, match="written as .npz or .safetensors, got .txt"):
+        write(tmp_path / "o.txt", {"a": np.zeros(2)})
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,8 @@
 """Measures against brute force, scikit-learn and the promise that chance looks like chance."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -153,9 +156,94 @@ def test_intervals_over_targets():
     found = lk.evaluate(scores + member, member, fprs=(0.1,))
     over, rates = found.over_targets(0.1), found.tpr[:, 0]
     assert (over.low, over.high) == pytest.approx(stats.t.interval(0.95, 5, rates.mean(), stats.sem(rates)))
-    one = lk.evaluate(scores[:1] + member[:1], member[:1], fprs=(0.1,)).over_targets(0.1)
-    k = round(one.mean * 100)
-    assert (one.low, one.high) == pytest.approx((stats.beta.ppf(0.025, k, 101 - k), stats.beta.ppf(0.975, k + 1, 100 - k)))
+    one = lk.evaluate(scores[:1] + member[:1], member[:1], fprs=(0.1,))
+    assert one.over_targets(0.1) == one.interval(0.1, model=0)
+
+
+def simulated_interval(scores, member, fpr, draws=200_000, level=0.95):
+    """The interval by simulation: how many non-members lie above the true threshold, and Clopper-Pearson given that."""
+    rng, inside, outside = np.random.default_rng(0), scores[member], np.sort(scores[~member])[::-1]
+    above, n = rng.binomial(len(outside), fpr, draws), len(inside)
+    sure = np.array([0, *((inside >= s).sum() for s in outside)])[above]  # members from the last of those on
+    at_most = np.array([*((inside > s).sum() for s in outside), n])[above]  # members above the first of the others
+    low = np.where(sure > 0, rng.beta(np.maximum(sure, 1), n - sure + 1), 0)
+    high = np.where(at_most < n, rng.beta(at_most + 1, np.maximum(n - at_most, 1)), 1)
+    return np.quantile(low, (1 - level) / 2), np.quantile(high, (1 + level) / 2)
+
+
+@pytest.mark.parametrize(("fpr", "subset"), [(0.1, False), (0.02, False), (0.5, True)])
+def test_the_interval_of_one_target_by_simulation(fpr, subset):
+    scores, member = chance(2, 600)
+    scores, chosen = scores + 1.5 * member, np.arange(600) % 2 == 0
+    found = lk.evaluate(scores, member, fprs=(fpr,), subset=chosen if subset else None)
+    for m in range(2):
+        counted = ~member[m] | chosen if subset else np.ones(600, dtype=bool)
+        interval, wanted = found.interval(fpr, model=m), simulated_interval(scores[m][counted], member[m][counted], fpr)
+        assert (interval.low, interval.high) == pytest.approx(wanted, abs=4e-3)
+
+
+@pytest.mark.parametrize(("n", "fpr", "shift"), [(500, 0.01, 1.0), (500, 0.01, 3.0), (100, 0.1, 1.0), (500, 0.1, 0.0)])
+def test_the_interval_of_one_target_covers_the_true_rate(n, fpr, shift):
+    """A threshold that five non-members decide is uncertain itself; taken as given, 95 % are 63 % (500, 0.01, 1.0)."""
+    member, true, covered = (np.arange(2 * n) < n)[None], stats.norm.sf(stats.norm.isf(fpr) - shift), []
+    for seed in range(200):
+        scores = np.random.default_rng(seed).normal(size=member.shape) + shift * member
+        found = lk.evaluate(scores, member, fprs=(fpr,)).over_targets(fpr)
+        covered.append(found.low <= true <= found.high)
+    assert np.mean(covered) >= 0.92
+
+
+@given(st.integers(0, 10_000), st.sampled_from(list(KINDS)), st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]))
+@settings(max_examples=40, deadline=None)
+def test_an_interval_holds_its_own_estimate_also_with_ties(seed, kind, fpr):
+    scores, member = chance(2, 80, seed)
+    found = lk.evaluate(KINDS[kind](scores + member), member, fprs=(fpr,)).interval(fpr, model=1)
+    assert 0 <= found.low <= found.mean <= found.high <= 1 and found.n == member[1].sum()
+
+
+def test_with_ties_the_interval_covers_what_the_whole_population_shows():
+    """Scores in whole numbers: the true rate is that of the lowest number which at most 10 % of all non-members reach, 2."""
+    assert stats.norm.sf(1.5) < 0.1 < stats.norm.sf(0.5)
+    member, true, covered = (np.arange(400) < 200)[None], stats.norm.sf(1.5 - 1), []
+    for seed in range(200):
+        scores = np.round(np.random.default_rng(seed).normal(size=member.shape) + member)
+        found = lk.evaluate(scores, member, fprs=(0.1,)).over_targets(0.1)
+        covered.append(found.low <= true <= found.high)
+    assert np.mean(covered) >= 0.92
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda s, m: lk.evaluate(s, m, fprs=(-0.1,)), "fpr must be finite and >= 0 and <= 1, got -0.1"),
+    (lambda s, m: lk.evaluate(s, m, fprs=(2.0,)), "<= 1, got 2.0; .* 0.01 is 1 %"),
+    (lambda s, m: lk.evaluate(s, m, fprs=(0.1, np.nan)), "fpr must be finite"),
+    (lambda s, m: lk.evaluate(s, m, fprs=0.1), r"fprs must be a sequence of rates, got 0.1; .* \(0.1,\)"),
+    (lambda s, m: lk.evaluate(s, m, subset=[3]), r"subset must have one entry for each of the 120 samples, got shape \[1\]"),
+    (lambda s, m: lk.evaluate(s, m, subset=np.arange(120)), "subset must be bool, got int64"),
+    (lambda s, m: lk.evaluate(s, m, subset=np.ones((3, 120), dtype=bool)), r"subset must be bool \[120\] or \[6, 120\]"),
+    (lambda s, m: lk.canaries(s, m, np.array([3, 5]), fpr=0.1), r"planted must have one entry for each of the 120 samples"),
+    (lambda s, m: lk.canaries(s, m, np.arange(120), fpr=0.1), "planted must be bool"),
+    (lambda s, m: lk.canaries(s, m, m, fpr=0.1), r"planted must be bool \[120\], got shape \[6, 120\]"),
+    (lambda s, m: lk.reliably_found(s, m, fpr=0.0), "fpr must be > 0 and <= 1, got 0.0"),
+    (lambda s, m: lk.reliably_found(s, m, fpr=-0.1), "fpr must be finite and >= 0 and <= 1, got -0.1"),
+    (lambda s, m: lk.reliably_found(s, m, fpr=1.5), "fpr must be .* <= 1, got 1.5"),
+    (lambda s, m: lk.seed_interval([]), "at least one value, got none"),
+])
+def test_impossible_questions_end_in_one_sentence(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call(*chance(6, 120))
+    assert "\n" not in str(error.value)
+
+
+def test_at_a_rate_of_one_everybody_is_accused():
+    scores, member = chance(6, 120)
+    found = lk.reliably_found(scores, member, fpr=1.0)
+    assert (found.hit == 1).all() and (found.false_alarm == 1).all() and found.fraction == 0
+
+
+def test_the_smallest_count_is_said_in_one_place():
+    folder = Path(lk.__file__).parent
+    defining = [p.name for p in folder.glob("*.py") if re.search(r"^MIN_FALSE_POSITIVES\s*=", p.read_text(), re.MULTILINE)]
+    assert defining == ["leakage.py"]
 
 
 def test_groups_share_one_threshold():

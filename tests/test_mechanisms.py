@@ -325,3 +325,15 @@ def test_no_guarantee_is_said_with_its_reason(mechanism, setting, why):
 def test_bad_input(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("shape", [(30,), (3, 30), ()])
+def test_flags_that_do_not_fit_promise_nothing(shape):
+    with pytest.raises(ValueError, match="protected must have one entry for each of the 100 samples, got shape"):
+        SelectiveDP(1.0, 1.0, torch.ones(shape, dtype=torch.bool)).guarantee(**SETTING | {"n": 100})
+
+
+def test_a_delta_that_lets_one_sample_out_is_named():
+    terms = SETTING | {"n": 100}
+    weak, strong = (str(DPSGD(1.0).guarantee(**terms | {"delta": d})) for d in (0.01, 0.0099))
+    assert "delta is not below 1/100: publishing one sample at random would pass" in weak and "1/100" not in strong

@@ -87,6 +87,22 @@ def test_lira_equals_the_loops_on_awkward_signals(kind, variance, online):
     assert np.allclose(fast, slow_lira(signal, member, variance, online), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("variance", ["per_sample", "pooled", "shrunk"])
+def test_offline_lira_needs_no_spread_of_in_references(variance):
+    """Every sample is a member of one model only: no two in-references anywhere, several out-references everywhere."""
+    member = np.arange(6)[:, None] == np.arange(30) % 6
+    signal = np.random.default_rng(0).normal(size=member.shape) * 10.0 ** np.arange(6)[:, None]  # models of unlike spread
+    out = np.zeros(member.shape)
+    for t in range(6):
+        references = [signal[[m for m in range(6) if m != t and not member[m, i]], i] for i in range(30)]
+        own = np.array([((r - r.mean()) ** 2).sum() for r in references])
+        pooled = own.sum() / sum(len(r) - 1 for r in references)
+        for i, r in enumerate(references):
+            v = {"per_sample": own[i] / len(r), "pooled": pooled, "shrunk": (own[i] + 8 * pooled) / (len(r) + 7)}[variance]
+            out[t, i] = (signal[t, i] - r.mean()) / np.sqrt(v)
+    assert np.allclose(mi.lira(signal, member, variance=variance, online=False), out)
+
+
 @given(st.integers(0, 10_000), st.sampled_from(["per_sample", "pooled", "shrunk"]), st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_lira_equals_the_loops_whatever_the_design(seed, variance, online):
@@ -325,7 +341,8 @@ def test_intervals_within_a_model_and_between_seeds():
     found = lk.evaluate(scores, member, fprs=(0.1,))
     within = found.interval(0.1, model=0)
     k, n = round(within.mean * 500), 500
-    assert (within.low, within.high) == pytest.approx((stats.beta.ppf(0.025, k, n - k + 1), stats.beta.ppf(0.975, k + 1, n - k)))
+    taken_as_given = stats.beta.ppf(0.025, k, n - k + 1), stats.beta.ppf(0.975, k + 1, n - k)
+    assert within.n == n and within.low < taken_as_given[0] < within.mean < taken_as_given[1] < within.high
     values = [0.1, 0.13, 0.18]
     between = lk.seed_interval(values)
     assert (between.low, between.high) == pytest.approx(stats.t.interval(0.95, 2, np.mean(values), stats.sem(values)))
@@ -345,9 +362,14 @@ def test_as_many_models_as_the_message_asks_for_are_enough_and_fewer_are_not(var
 @pytest.mark.parametrize(("call", "words"), [
     (lambda s, m: mi.lira(s[:, :5], m), "signal must be"), (lambda s, m: mi.lira(s * np.nan, m), "finite"),
     (lambda s, m: mi.lira(s, m, variance="fixed"), "variance"), (lambda s, m: mi.lira(s[:2], m[:2]), "references"),
-    (lambda s, m: mi.lira(s[:4], m[:4], variance="per_sample"), "needs 2"), (lambda s, m: mi.rmia(s[:2], m[:2]), "out-reference"),
+    (lambda s, m: mi.lira(s[:4], m[:4], variance="per_sample"), "needs 2"),
+    (lambda s, m: mi.rmia(0 * s[:2], m[:2]), "out-reference"),
     (lambda s, m: mi.rmia(s, m, gamma=-1.0), "gamma"),
-    (lambda s, m: mi.rmia(s, m, population=np.zeros(60, dtype=bool)), "population"),
+    (lambda s, m: mi.rmia(0 * s, m, population=np.zeros(60, dtype=bool)), "population"),
+    (lambda s, m: mi.rmia(s, m), r"p must lie in \[0, 1\], got values from -.*signals.confidence"),
+    (lambda s, m: mi.rmia(1 + abs(s), m, population=np.arange(60) < 30), r"p must lie in \[0, 1\]"),
+    (lambda s, m: mi.lira(s[:, :0], m[:, :0]), r"at least one model and one sample, got \[8, 0\]"),
+    (lambda s, m: mi.rmia(s[:, :0], m[:, :0]), r"at least one model and one sample, got \[8, 0\]"),
     (lambda s, m: lk.evaluate(s * np.nan, m), "NaN"), (lambda s, m: lk.evaluate(s, m | True), "non-member"),
     (lambda s, m: lk.evaluate(s, m, subset=np.zeros(60, dtype=bool)), "at least one member"),
     (lambda s, m: lk.evaluate(s[0], m), r"\[M, N\]"), (lambda s, m: lk.mean_roc(s[:, :8], m[:, :8]), "cannot resolve"),
@@ -375,7 +397,7 @@ def test_what_the_target_and_its_twin_say_has_no_part_in_the_references():
     signal, member = game(models=8, n=30)
     changed = signal.copy()
     changed[1] = np.random.default_rng(2).normal(50, 9, 30)  # row 1 is the twin of row 0
-    for attack in (mi.lira, mi.rmia):
+    for attack in (mi.lira, lambda s, m: mi.rmia(s / 100, m)):  # RMIA reads probabilities
         assert np.allclose(attack(abs(signal), member)[0], attack(abs(changed), member)[0], rtol=1e-6)
         assert not np.allclose(attack(abs(signal), member)[2], attack(abs(changed), member)[2])
 

@@ -197,6 +197,11 @@ def test_recording_ends_with_the_block_also_after_an_error():
     (lambda: by_name("vit"), "'wrn28_10'"), (lambda: by_name("cnn", norm="batch"), "only these have a choice"),
     (lambda: by_name("vgg", norm="layer"), "norm must be"),
     (lambda: MLP().build(models=2, shape=(1, 4, 4), classes=2, seeds=(0,)), "2 seeds"),
+    (lambda: MLP((0,)), "hidden layer's width must be .*>= 1, got 0"), (lambda: MLP((8, 2.5)), "width must be a whole number"),
+    (lambda: MLP(64), r"hidden must be the layers' widths, such as \(128, 128\), got 64"), (lambda: MLP("64"), "hidden must be"),
+    (lambda: SmallCNN(hidden=0).build(models=1, shape=(1, 8, 8), classes=2, seeds=(0,)), "hidden must be"),
+    (lambda: ResNet18(width=0).build(models=1, shape=(1, 8, 8), classes=2, seeds=(0,)), "width must be"),
+    (lambda: VGG(width=0).build(models=1, shape=(1, 8, 8), classes=2, seeds=(0,)), "width must be"),
 ])
 def test_bad_input(action, words):
     with pytest.raises(ValueError, match=words):
@@ -293,3 +298,7 @@ def test_recording_changes_nothing_but_what_is_kept(kind):
     with net.recording():
         kept = net(x)
     torch.testing.assert_close(plain, kept, rtol=1e-9, atol=1e-9 * plain.abs().max().item())
+
+
+def test_widths_may_come_as_a_list():
+    assert MLP([8, 4]) == MLP((8, 4)) and hash(MLP([8, 4])) == hash(MLP((8, 4)))

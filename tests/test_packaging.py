@@ -19,6 +19,7 @@ from demem_lab.objectives import _OneByOne
 ROOT = Path(__file__).parents[1]
 ORDER = """
 validate
+intervals
 streams
 store
 data

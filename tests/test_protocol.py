@@ -1,6 +1,8 @@
 """The authors' protocol: arms that share what they must, numbers that a slow reading of the tables gives, files that last."""
 
 import json
+import platform
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -307,3 +309,46 @@ def test_an_executor_gives_the_same_results(tmp_path):
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         there = run(small, arms=("none", "drop"), store=Store(tmp_path / "b"), progress=False, executor=pool)
     assert there.arms == here.arms and there.guarantees == here.guarantees
+
+
+@pytest.mark.parametrize("change", [
+    {"models": "6"}, {"subset": "40"}, {"subset": 40.5}, {"subset": -1}, {"epochs": "2"}, {"eps": "0.1"}, {"batch_size": "32"},
+    {"lr": None}, {"delta": "x"}, {"lams": ("0.2",)}, {"lams": 0.2}, {"seed": "a"}, {"query_steps": 0}, {"scoring_epochs": 1.5},
+    {"noise_multiplier": "1"}, {"attack_steps": "3"}, {"query_step": "1"}, {"fraction": "0.1"}, {"dp_lr": -1},
+])
+def test_every_number_of_a_protocol_is_checked_when_it_is_made(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change)).rstrip('s')}.* must be .*got "):
+        replace(SMALL, **change)
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda s, folder: run(40, store=s), r"protocol must be a Protocol, such as PROFILES\['smoke'\], got 40"),
+    (lambda s, folder: run("smoke", store=s), "protocol must be a Protocol.*got 'smoke'"),
+    (lambda s, folder: run(SMALL, store=s, save=folder), "save must name a file, and .* is a folder; give .*results.json"),
+    (lambda s, folder: run(SMALL, store=s, arms="none"), r"arms must be a list of names.*got 'none'; write \('none',\)"),
+    (lambda s, folder: protocol.tune(SMALL, "zzz", (0.1,), store=s), "arm must be one of 'none', .*got 'zzz'"),
+    (lambda s, folder: protocol.tune(SMALL, "none", 0.1, store=s), r"rates must be a list of learning rates, .*got 0.1"),
+    (lambda s, folder: protocol.tune(SMALL, "none", ("0.1",), store=s), "a learning rate must be a number.*got '0.1'"),
+    (lambda s, folder: protocol.tune(SMALL, "none", (0.1,), models=3, store=s), "even"),
+    (lambda s, folder: protocol.tune(40, "none", (0.1,), store=s), "protocol must be a Protocol"),
+])
+def test_bad_calls_end_before_anything_is_trained(tmp_path, store, monkeypatch, call, words):
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises(ValueError, match=words):
+        call(store, tmp_path)
+
+
+def test_provenance_is_that_of_the_machine_that_computed(store, monkeypatch):
+    class Elsewhere(Executor):
+        def submit(self, function, *given):
+            future = Future()
+            with monkeypatch.context() as there:
+                there.setattr(platform, "processor", lambda: "the worker's processor")
+                there.setattr(farm, "workers", lambda on="cpu": 77)
+                future.set_result(function(*given))
+            return future
+
+    small = replace(SMALL, epochs=1, scoring_epochs=6)
+    found = [run(small, arms=("none",), store=store, progress=False, executor=e).provenance for e in (Elsewhere(), None)]
+    assert found[0]["processor"] == "the worker's processor" and found[0]["cores"] == 77
+    assert found[1]["cores"] == farm.workers("cpu") and list(found[0]) == list(found[1])

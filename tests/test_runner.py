@@ -191,3 +191,24 @@ def test_the_kernel_is_the_python_that_runs_this(tmp_path, monkeypatch):
         spec = json.loads(open(f"{first}/kernels/{name}/kernel.json").read())
         assert spec["argv"][0] == sys.executable and second == str(tmp_path)
     assert os.environ["JUPYTER_PATH"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "none.ipynb"])
+def test_a_folder_or_nothing_is_no_notebook(tmp_path, name):
+    with pytest.raises(ParameterError, match="cannot be read: .*give the path of an .ipynb file"):
+        parameters(tmp_path / name)
+
+
+def test_notebooks_are_utf8_whatever_the_locale(tmp_path):
+    cell = {"cell_type": "code", "metadata": {"papermill": {"status": "running"}}, "source": "# a ≤ b, naïve"}
+    (tmp_path / "n.ipynb").write_text(json.dumps({"cells": [cell]}, ensure_ascii=False), encoding="utf-8")
+    script = (
+        "import sys, locale; from pathlib import Path; from demem_lab import runner\n"
+        "assert 'utf' not in locale.getpreferredencoding(False).lower()\n"
+        "with runner._watching(Path(sys.argv[1]), print): pass\n"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "n.ipynb")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "cell 1 of 1" in done.stdout, done.stderr

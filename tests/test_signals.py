@@ -122,3 +122,19 @@ def test_probabilities_serve_as_logits():
 def test_bad_shapes(call):
     with pytest.raises(ValueError, match="must be"):
         call()
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "confidence", "logit_margin", "modified_entropy", "label_robustness"])
+@pytest.mark.parametrize("label", [-1, 4])
+def test_a_label_that_is_no_class_ends_in_one_sentence(name, label):
+    z, y = np.random.default_rng(0).normal(size=(2, 5, 4)), np.array([0, 1, label, 3, 0])
+    with pytest.raises(ValueError, match=f"labels must lie in 0..3 for logits of 4 classes, got values from {min(label, 0)} to"):
+        getattr(sg, name)([z] if name == "label_robustness" else z, y)
+
+
+def test_labels_of_any_whole_type_are_read_alike():
+    z, y = np.random.default_rng(0).normal(size=(2, 5, 4)), np.array([0, 1, 2, 3, 0])
+    wanted = sg.confidence(z, y)
+    for kind in (np.uint8, np.int32):
+        assert (sg.confidence(z, y.astype(kind)) == wanted).all()
+    assert (sg.confidence(torch.tensor(z), torch.tensor(y)) == wanted).all()

@@ -371,3 +371,12 @@ def test_entries_are_counted_by_what_they_were_computed_from(store):
         store.put("k", {"data": "abc", "n": number}, {"x": np.zeros(1)})
     store.put("other", {"data": "xyz"}, {"x": np.zeros(1)})
     assert (store.count("abc"), store.count("xyz"), store.count("none"), store.count()) == (3, 1, 0, 4)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_a_shared_store_can_be_read_as_far_as_its_owner_lets(tmp_path, mask, mode):
+    """mkstemp's files are for their owner alone; the umask decides, as for any other file."""
+    script = f"import os, sys; os.umask({mask}); from demem_lab.store import Store; Store(sys.argv[1]).put('k', 1, {{'a': 1.0}})"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    kept = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(kept) == 2 and {file.stat().st_mode & 0o777 for file in kept} == {mode}

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from demem_lab import data
 from demem_lab.attacks import PGD
+from demem_lab.augment import CropFlip
 from demem_lab.data import member_masks
 from demem_lab.mechanisms import DPSGD, Drop, LossVariance, Plain, SelectiveDP
 from demem_lab.models import MLP, Network, ResNet18, SmallCNN
 from demem_lab.objectives import AWP, PGDAT, TRADES, Natural
-from demem_lab.optimizers import SGD, AdamW
+from demem_lab.optimizers import SGD, AdamW, HalfFlat
 from demem_lab.queries import gradient_norms, outputs
 from demem_lab.remedies import GradedRelease
 from demem_lab.sampling import Poisson, Shuffled
@@ -281,11 +283,51 @@ def test_progress_can_be_shown(tiny, capsys):
     ({"recipe": recipe(mechanism=SelectiveDP((1.0, 2.0)))}, "2 entries for 4 models"),
     ({"recipe": recipe(optimizer=SGD(lr=(0.1, 0.2)))}, "2 entries for 4 models"),
     ({"recipe": recipe(model=ResNet18(norm="batch"))}, "Poisson"), ({"chunk": 0}, "chunk"),
+    ({"seeds": 3}, r"seeds must be .*one for each of the 4 models, got 3; model_seeds\(0, 4\) makes them"),
+    ({"seeds": "1234"}, "seeds must be .*got '1234'"), ({"seeds": (0.5, 1, 2, 3)}, "a seed must be a whole number, got 0.5"),
+    ({"seeds": (0, 1, 2, "x")}, "a seed must be a number.*got 'x'"), ({"seeds": (0, 1, 2, True)}, "a seed must be .*got True"),
+    ({"members": MEMBERS.tolist()}, "membership mask must have shape.*got list"),
+    ({"members": MEMBERS.float().numpy()}, "must be bool, got float32; compare"),
+    ({"device": "tpu"}, "device must be 'auto', 'cpu' or 'cuda'.*got 'tpu'"), ({"device": "non sense"}, "device must be"),
+    ({"device": "mps"}, "device must be .*got 'mps'"), ({"device": None}, "device must be .*got None"),
+    ({"dtype": "float32"}, "dtype must be one of torch.float32, torch.float64, got 'float32'"),
+    ({"dtype": torch.float16}, r"dtype must be .*got torch.float16; for 16 bits .*Recipe\(precision"),
+    ({"recipe": Recipe}, "recipe must be a Recipe"), ({"recipe": MLP()}, r"recipe must be a Recipe.*got MLP\("),
 ])
 def test_bad_input_is_refused_before_training(tiny, change, words):
     setting = {"members": MEMBERS, "recipe": recipe(), "seeds": SEEDS} | change
     with pytest.raises(ValueError, match=words):
         train(tiny, setting.pop("members"), setting.pop("recipe"), **setting)
+
+
+@pytest.mark.parametrize(("field", "value", "words"), [
+    ("model", "mlp", r"model must be an object such as MLP\(\), got 'mlp'"), ("model", MLP, "model must be .*got the class MLP"),
+    ("objective", PGDAT, "objective must be an object such as PGDAT.*got the class PGDAT"), ("objective", "trades", "must be"),
+    ("mechanism", DPSGD, r"mechanism must be a Mechanism, such as Plain\(\), got the function DPSGD"),
+    ("mechanism", SelectiveDP, "got the class SelectiveDP"), ("mechanism", None, "mechanism must be"),
+    ("optimizer", SGD, "optimizer must be"), ("optimizer", 0.1, "optimizer must be"), ("sampler", Poisson, "sampler must be"),
+    ("sampler", 50, r"sampler must be an object such as Poisson\(50\), got 50"), ("schedule", HalfFlat, "schedule must be"),
+    ("augment", CropFlip, "augment must be"), ("augment", True, "augment must be an object such as CropFlip"),
+])
+def test_a_recipe_is_made_of_objects(field, value, words):
+    with pytest.raises(ValueError, match=words):
+        recipe(**{field: value})
+
+
+@pytest.mark.parametrize("dataset", [torch.rand(24, 1, 4, 4), "digits", data.Dataset])
+def test_only_a_dataset_can_be_trained_on(dataset):
+    with pytest.raises(ValueError, match="dataset must be a Dataset"):
+        train(dataset, MEMBERS, recipe(), seeds=SEEDS)
+
+
+def test_masks_and_seeds_may_come_from_numpy(tiny, store):
+    setting = {"dtype": torch.float64, "store": store}
+    right = train(tiny, MEMBERS, recipe(), seeds=SEEDS, **setting)
+    mask = MEMBERS.numpy().copy()
+    mask.setflags(write=False)
+    found = train(tiny, mask, recipe(), seeds=np.array(SEEDS), **setting)
+    assert distance(right, found) == 0 and not found.fresh  # one and the same question
+    assert torch.equal(found.members, MEMBERS) and found.seeds == SEEDS
 
 
 @pytest.mark.parametrize("epochs", [0, -1, float("nan")])

@@ -3,6 +3,11 @@ import pytest
 import torch
 
 from demem_lab import validate
+from demem_lab.attacks import PGD
+from demem_lab.data import load
+from demem_lab.mechanisms import SelectiveDP
+from demem_lab.recipe import Recipe
+from demem_lab.sampling import Poisson
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "x", None])
@@ -12,7 +17,22 @@ def test_finite_names_value_and_range(value):
 
 
 def test_finite_and_integer_return_the_number():
-    assert validate.finite("a", "2.5", low=0, high=3) == 2.5 and validate.integer("b", 3.0) == 3
+    assert validate.finite("a", 2.5, low=0, high=3) == 2.5 and validate.integer("b", 3.0) == 3
+
+
+@pytest.mark.parametrize("value", ["2", "2.5", b"2", True, False])
+@pytest.mark.parametrize("kind", [validate.finite, validate.integer])
+def test_text_and_truth_values_are_no_numbers(kind, value):
+    with pytest.raises(ValueError, match=f"noise must be a (whole )?number.*got {value!r}"):
+        kind("noise", value, low=0)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: PGD("0.1"), lambda: SelectiveDP("1.0"), lambda: load(subset="50"), lambda: Poisson("4"), lambda: Recipe(epochs="3"),
+])
+def test_settings_in_quotes_are_refused_where_they_are_given(make):
+    with pytest.raises(ValueError, match="must be a number.*got '"):
+        make()
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["huge", "minus huge"])
