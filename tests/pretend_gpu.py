@@ -32,6 +32,8 @@ ELEMENTWISE_ONLY = (aten.cat.default, aten.stack.default, aten.mm.default, aten.
 class OnCard(torch.Tensor):
     """A tensor that says it is on a card. `inside` is the CPU's tensor that computes for it."""
 
+    watch = None  # told of every new tensor (`made`) and every operation (`called`)
+
     @staticmethod
     def __new__(cls, inside: torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(
@@ -40,6 +42,8 @@ class OnCard(torch.Tensor):
 
     def __init__(self, inside: torch.Tensor) -> None:
         self.inside = inside
+        if OnCard.watch is not None:
+            OnCard.watch.made(self)
 
     device = property(lambda self: CARD)
     is_cuda = property(lambda self: True)
@@ -52,6 +56,8 @@ class OnCard(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         _on_one_device(func, args, kwargs)
+        if OnCard.watch is not None:
+            OnCard.watch.called(func)
         a, k = pytree.tree_map(_inside, (args, kwargs))
         found = pytree.tree_map_only(torch.Tensor, OnCard, func(*a, **k))
         if func is aten.copy_.default and not isinstance(args[0], OnCard):
