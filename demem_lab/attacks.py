@@ -45,6 +45,9 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(-1, y[:, None], float("-inf")).amax(-1) - right
 
 
+cross_entropy.stateless = margin.stateless = True  # an attack on them can be recorded (`replay`)
+
+
 @dataclass(frozen=True)
 class PGD:
     """Projected gradient ascent on the loss, inside the ball of radius `eps` (pixel units) and inside [0, 1].
@@ -83,21 +86,27 @@ class PGD:
         return best
 
     def _ascend(self, net, x, y, rng, loss, start) -> Tensor:
-        step = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         if start is not None:
             z = start.clone()
         elif self.random_start:
             z = self.project(x + self._random_offset(x, rng), x)
         else:
             z = x.clone()
+        replays = getattr(net, "replays", None)
+        return self.climb(net, z, x, y, loss) if replays is None else replays.play(self, net, z, x, y, loss)
+
+    def climb(self, net, z: Tensor, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
+        """All steps from `z` (which is overwritten), without random numbers: weights are frozen, and nothing else changes."""
+        step = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         # the box around x and [0, 1] are one box, because x lies in [0, 1]: one clamp a step, in place
         low, high = (x - self.eps).clamp_min_(0), (x + self.eps).clamp_max_(1)
-        for _ in range(self.steps):
-            slope = image_slope(net, z, y, loss)
-            if self.norm == "linf":
-                z = z.add_(slope.sign(), alpha=step).clamp_(low, high)
-            else:
-                z = self.project(z + step * slope / _norms(slope).clamp_min(1e-12), x)
+        with net.standing_still() if hasattr(net, "standing_still") else nullcontext():
+            for _ in range(self.steps):
+                slope = image_slope(net, z, y, loss)
+                if self.norm == "linf":
+                    z = z.add_(slope.sign(), alpha=step).clamp_(low, high)
+                else:
+                    z = self.project(z + step * slope / _norms(slope).clamp_min(1e-12), x)
         return z
 
     def project(self, z: Tensor, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ passes, and all formulas below are for that sum.
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -170,9 +171,10 @@ class Conv(Layer):
         shape, weight, bias = self.weight.flatten(0, 1).shape, 0, 0
         for (seen, _), delta in zip(self.calls, deltas, strict=True):
             scaled = delta * weights.T.repeat_interleave(self.outputs, 1)[..., None, None]
-            weight = weight + nn.grad.conv2d_weight(
-                seen, shape, scaled, stride=self.stride, padding=self.kernel // 2, groups=self.models
-            )
+            with _whole_float32():
+                weight = weight + nn.grad.conv2d_weight(
+                    seen, shape, scaled, stride=self.stride, padding=self.kernel // 2, groups=self.models
+                )
             bias = bias + scaled.sum((0, 2, 3))
         gradients = [weight.view_as(self.weight)]
         return gradients if self.bias is None else [*gradients, bias.view_as(self.bias)]
@@ -264,6 +266,8 @@ class GroupNorm(_Normalised):
 class BatchNorm(_Normalised):
     """Batch normalisation: samples of a batch see each other, which voids every per-sample guarantee."""
 
+    EPS = 1e-5  # added to the variance
+
     def __init__(self, models: int, channels: int) -> None:
         super().__init__(models, channels)
         self.register_buffer("running_mean", torch.zeros(models, channels))
@@ -272,7 +276,18 @@ class BatchNorm(_Normalised):
     def normalise(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         # .view(-1) shares memory, so that the running statistics are updated in place
         mean, var = self.running_mean.view(-1), self.running_var.view(-1)
-        return F.batch_norm(x, mean, var, weight, bias, training=self.training)
+        return F.batch_norm(x, mean, var, weight, bias, training=self.training, eps=self.EPS)
+
+
+@contextmanager
+def _whole_float32():
+    """Inside, convolutions on a GPU keep all digits of float32; by default they round to eleven bits (TF32) first."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _split(x: Tensor, models: int) -> Tensor:

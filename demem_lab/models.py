@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from demem_lab.folded import Folded, before_relu
 from demem_lab.layers import BatchNorm, Conv, GroupNorm, Linear
 from demem_lab.networks import Network, Spec, initialised, side_by_side
 from demem_lab.validate import choice, integer
@@ -144,7 +145,7 @@ class _Dense(Network):
         An attack asks for nothing else, and autograd's graph costs as much as a third of its time. None where the layers
         compute in 16 bits or are compiled: that is autograd's business.
         """
-        if self.half is not None or "body" in vars(self):
+        if self.half is not None or self.fast is not None:
             return None
         h = self.normalised(x).reshape(self.models, -1, self.linear[0].inputs)
         seen = []
@@ -217,6 +218,48 @@ class _Residual(Network):
         h = F.relu(self.stem_norm(self.stem(side_by_side(x, self.models))))
         h = self.blocks(h).mean((2, 3))
         return self.out(h.unflatten(1, (self.models, -1)).transpose(0, 1)).flatten(0, 1)
+
+    @torch.no_grad()
+    def prepare(self) -> list[list[Folded]] | None:
+        """The stem, then each block's layers, with their batch normalisation folded in; None with group normalisation."""
+        if self.training or not self.has_batch_norm:
+            return None
+        pairs = [[(self.stem, self.stem_norm)]]
+        for block in self.blocks:
+            short = [] if block.short is None else [(block.short, block.short_norm)]
+            pairs.append([(block.conv1, block.norm1), (block.conv2, block.norm2), *short])
+        how = {"dtype": self.half or self.out.weight.dtype, "channels_last": self.channels_last}
+        return [[Folded.of(conv, norm, **how) for conv, norm in some] for some in pairs]
+
+    @torch.no_grad()
+    def by_hand(self, x: Tensor, slope_of: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """As for the MLP, with batch normalisation in evaluation mode; None with any other."""
+        layers = self.held or self.prepare()
+        if layers is None:
+            return None
+        (stem,), *blocks = layers
+        pixels = side_by_side(self.normalised(x), self.models).to(stem.weight.dtype)
+        pixels = pixels.contiguous(memory_format=torch.channels_last) if self.channels_last else pixels
+        h = first = stem.relu(pixels)
+        seen = []
+        for one, two, *short in blocks:
+            middle = one.relu(h)
+            out = two.relu(middle, short[0].linear(h) if short else h)
+            seen.append((h, middle, out))
+            h = out
+        features = h.to(x.dtype).mean((2, 3)).unflatten(1, (self.models, -1)).transpose(0, 1)
+        slope = slope_of(self.out.product(features).flatten(0, 1)).unflatten(0, (self.models, -1))
+        # float16 has no room for small gradients: all of them are `scale` times as large on the way back
+        slope = (slope @ self.out.weight.mT).transpose(0, 1).flatten(1) * (self.scale / h[0, 0].numel())
+        slope = slope.to(h.dtype)[..., None, None].expand_as(h).contiguous(
+            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format
+        )
+        for (one, two, *short), (h, middle, out) in zip(reversed(blocks), reversed(seen), strict=True):
+            slope = before_relu(slope, out)
+            inner = one.back(before_relu(two.back(slope, middle), middle), h)
+            slope = inner.add_(short[0].back(slope, h) if short else slope)
+        slope = stem.back(before_relu(slope, first), pixels).to(x.dtype) / (self.std * self.scale)
+        return slope if self.models == 1 else slope.unflatten(1, (self.models, -1)).transpose(0, 1).flatten(0, 1)
 
 
 class _WideBlock(nn.Module):

@@ -6,7 +6,8 @@ gradient norms are made of. Architectures are in `models`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from demem_lab.layers import BatchNorm, Conv, Layer
+from demem_lab.replay import Replays
 from demem_lab.streams import Streams
 
 
@@ -27,6 +29,10 @@ class Network(nn.Module):
         self.scale = 1.0  # of the gradients inside the network
         self.hooks: list = []
         self.channels_last = False
+        self.fast: Callable[[Tensor], Tensor] | None = None  # `body` compiled, for passes that nothing is recorded of
+        self.recorded = False
+        self.replays: Replays | None = None  # attacks recorded on a GPU
+        self.held: object = None  # what `prepare` gave, while weights stand still
 
     def arranged_for(self, device: torch.device | str) -> Network:
         """Itself, with images laid out as the device wants them: a GPU convolves fastest with channels last.
@@ -37,6 +43,7 @@ class Network(nn.Module):
         wanted = torch.device(device).type == "cuda" or self.has_batch_norm
         # several models side by side are one grouped convolution, which has no such kernels
         self.channels_last = wanted and convolves and self.models == 1
+        self.replays = Replays() if torch.device(device).type == "cuda" else None
         return self
 
     def compute_in(self, half: torch.dtype | None, scale: float = 1.0) -> None:
@@ -64,7 +71,7 @@ class Network(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.normalised(x)
         with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
-            logits = self.body(x)
+            logits = self.body(x) if self.fast is None or self.recorded else self.fast(x)
         return logits if self.half is None else _with_slope(logits.float(), self.scale)
 
     def normalised(self, x: Tensor) -> Tensor:
@@ -73,6 +80,19 @@ class Network(nn.Module):
 
     def body(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def prepare(self):
+        """What an attack can compute once, as it follows from weights and running statistics alone; None for nothing."""
+        return None
+
+    @contextmanager
+    def standing_still(self):
+        """Inside, neither weights nor running statistics change."""
+        self.held = self.prepare()
+        try:
+            yield self
+        finally:
+            self.held = None
 
     @property
     def layers(self) -> list[Layer]:
@@ -86,12 +106,14 @@ class Network(nn.Module):
     @contextmanager
     def recording(self, on: bool = True):
         """Inside, layers keep their inputs and outputs (`layer.calls`), what per-sample norms are computed from."""
-        before = [layer.calls for layer in self.layers]
+        before, was = [layer.calls for layer in self.layers], self.recorded
+        self.recorded = on
         for layer in self.layers:
             layer.calls = [] if on else None
         try:
             yield self
         finally:
+            self.recorded = was
             for layer, calls in zip(self.layers, before, strict=True):
                 layer.calls, layer.known = calls, None  # what norms kept belongs to these calls, and may be large
 
@@ -114,6 +136,13 @@ class _Slope(torch.autograd.Function):
 def _with_slope(x: Tensor, factor: float) -> Tensor:
     """x, whose gradient will be multiplied by `factor` on its way back."""
     return x if factor == 1 else _Slope.apply(x, factor)
+
+
+def compiled(body: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What torch.compile makes of a network's body, for batches of any size; it is compiled when it is first called."""
+    # while it compiles it tells of powers that it cannot bound, thousands of times
+    logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)
+    return torch.compile(body, dynamic=True)
 
 
 class Spec(Protocol):

@@ -214,6 +214,7 @@ class _Away:
     """KL(softmax(clean) || softmax(logits)) of each row as the loss of an attack: all that stays the same is computed once."""
 
     def __init__(self, clean: Tensor) -> None:
+        self.given = (clean,)  # what a recorded attack makes it of anew
         log_p = log_softmax(clean)
         self.p = log_p.exp()
         self.certain = (self.p * log_p).sum(-1)

@@ -23,7 +23,11 @@ START, LARGEST, GROW_AFTER = 2.0**10, 2.0**16, 1000
 
 
 class Precision(Enum):
-    """Of the layers: AUTO is bfloat16 on GPUs that have it, float16 on older ones, float32 on a CPU."""
+    """Of the layers: AUTO is bfloat16 on GPUs that have it, float16 on older ones, float32 on a CPU.
+
+    With FLOAT32, convolutions on a GPU since Ampere multiply in TF32 (eleven bits) unless you set
+    torch.backends.cudnn.allow_tf32 = False; clipped sums never do.
+    """
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"

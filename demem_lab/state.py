@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from demem_lab.attacks import frozen, image_slope
 from demem_lab.live import Moment
 from demem_lab.mechanisms import Batch
+from demem_lab.networks import compiled
 from demem_lab.objectives import PerSample
 from demem_lab.precision import Precision, Scaler
 from demem_lab.recipe import Job
@@ -48,18 +50,20 @@ class State:
         self.step, self.consistent = 0, True
 
     def _compile(self) -> None:
-        if self.job.recipe.mechanism.per_sample:
-            warnings.warn("not compiled: per-sample norms read what every layer meets, which a fused pass hides", stacklevel=2)
-            return
-        plain, x = self.net.body, self.x[:2].repeat(self.models, 1, 1, 1)
-        self.statistics = [b.clone() for b in self.net.buffers()]
+        # per-sample norms read what every layer meets, which a fused pass hides: then only attacks are fused
+        net, x, private = self.net, self.x[:2].repeat(self.models, 1, 1, 1), self.job.recipe.mechanism.per_sample
+        self.statistics = [b.clone() for b in net.buffers()]
         try:
-            self.net.body = torch.compile(plain, dynamic=True)  # Poisson batches change their size at every step
-            torch.autograd.grad(self.net(x).sum(), list(self.net.parameters()))
+            net.fast = compiled(net.body)
+            if private:
+                with frozen(net):
+                    image_slope(net, x, self.y[:2].repeat(self.models))
+            else:
+                torch.autograd.grad(net(x).sum(), list(net.parameters()))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler can fail in any way, and is never needed
-            self.net.body = plain
+            net.fast = None
             reason = str(error).strip().split("\n")[0][:200]
             warnings.warn(f"the network could not be compiled ({reason}); going on without, which is only slower", stacklevel=2)
         self._put_back()

@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from demem_lab import replay
+
 CARD = torch.device("cuda", 0)
 aten = torch.ops.aten
 # what may take tensors of both sides: copies, and indices, which a card takes from the CPU
@@ -163,6 +165,16 @@ class _Autocast(torch.autocast):
         super().__init__("cpu", dtype, enabled, cache_enabled)
 
 
+def played_again(compute, pool, device):
+    """What `replay.recorded` gives, for a recording that computes all of it again and puts it in the same place."""
+    out = compute().detach()
+
+    def play() -> None:
+        out.copy_(compute().detach())
+
+    return out, play
+
+
 @contextmanager
 def pretend_gpu(capability=(8, 0), memory=16 << 30):
     """Inside, and in this thread, this machine has one card of a compute capability."""
@@ -179,6 +191,8 @@ def pretend_gpu(capability=(8, 0), memory=16 << 30):
         for name, answer in says.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(torch, "Generator", CardGenerator))
+        stack.enter_context(mock.patch.object(replay, "recorded", played_again))
+        stack.enter_context(mock.patch.object(replay, "new_pool", object))
         stack.enter_context(mock.patch.object(torch, "autocast", _Autocast))
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda kind="cpu": asked("cpu")))
         # a module moved to a card gets new parameters, because torch cannot exchange the memory below these

@@ -231,8 +231,18 @@ def test_what_cannot_be_compiled_goes_on_without(tiny, monkeypatch):
     with pytest.warns(UserWarning, match=r"could not be compiled \(no compiler here\); going on without"):
         found = train(tiny, MEMBERS, recipe(), seeds=SEEDS, chunk=4, compiled=True)
     assert all(torch.equal(plain.parameters[n], t) for n, t in found.parameters.items())
-    with pytest.warns(UserWarning, match="not compiled: per-sample norms"):
-        train(tiny, MEMBERS, recipe(mechanism=SelectiveDP(1.0)), seeds=SEEDS, chunk=4, compiled=True)
+
+
+def test_only_attacks_are_compiled_where_layers_are_to_be_seen(tiny, monkeypatch):
+    data = replace(tiny, x=torch.nn.functional.interpolate(tiny.x, scale_factor=2))
+    private = SelectiveDP(1.0, 1.0, torch.arange(24) < 6)
+    chosen = Recipe(model=VGG(width=4), objective=PGDAT(PGD(0.1, 2)), mechanism=private, sampler=Shuffled(4), epochs=1)
+    plain = train(data, MEMBERS[:2], chosen, seeds=SEEDS[:2], chunk=2)
+    passes = []
+    monkeypatch.setattr(torch, "compile", lambda body, dynamic: lambda x: (passes.append(x.requires_grad), body(x))[1])
+    fused = train(data, MEMBERS[:2], chosen, seeds=SEEDS[:2], chunk=2, compiled=True)
+    assert len(passes) == 1 + 2 * 3 and all(passes)  # a trial, then the two steps of three attacks
+    assert all(torch.equal(plain.parameters[n], t) for n, t in fused.parameters.items())
 
 
 def test_channels_last_changes_the_layout_only(monkeypatch):

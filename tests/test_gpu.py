@@ -3,7 +3,7 @@
 In float64 a card may differ by rounding only; the pretended one computes with the CPU's own kernels (tests/pretend_gpu.py).
 """
 
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -40,8 +40,24 @@ def no_chunk_is_measured():
         yield
 
 
+@contextmanager
+def the_real_one():
+    """Random numbers drawn on the CPU, as a card's generators give others; and convolutions in all of float32."""
+    uniform, normal, rows = Streams.uniform, Streams.normal, Streams._rows
+
+    def on_cpu(streams):
+        return replace(streams, device="cpu")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Streams, "uniform", lambda self, n: uniform(on_cpu(self), n).to(self.device))
+        patched.setattr(Streams, "normal", lambda self, n: normal(on_cpu(self), n).to(self.device))
+        patched.setattr(Streams, "_rows", lambda self, x, fill: rows(on_cpu(self), x.cpu(), fill).to(x.device))
+        patched.setattr(torch.backends.cudnn, "allow_tf32", False)
+        yield
+
+
 def card(capability=(8, 0), memory=16 << 30):
-    return nullcontext() if REAL else pretend_gpu(capability, memory)
+    return the_real_one() if REAL else pretend_gpu(capability, memory)
 
 
 def toy(shape=(1, 8, 8), n=24):
@@ -197,7 +213,7 @@ def test_watching_a_card(tmp_path):
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     recipe = Recipe(SmallCNN(), mechanism=SelectiveDP(1.0, 1.0, torch.arange(24) < 6), sampler=Poisson(4), epochs=3)
-    how = {"seeds": SEEDS, "device": "cuda", "checkpoint_seconds": 0.0}
+    how = {"seeds": SEEDS, "device": "cuda", "checkpoint_seconds": 0.0, "deterministic": True}
     members, advance, left = data.member_masks(24, 2, seed=0), State.advance, [4]
 
     def dies(state, *args):

@@ -26,7 +26,9 @@ data
 augment
 precision
 layers
+replay
 networks
+folded
 models
 attacks
 objectives

@@ -1,0 +1,174 @@
+"""Recorded attacks: the same images as launch by launch, whatever the batch, the weights and the loss.
+
+Without a GPU a recording is pretended: it computes everything anew from the places it was made for (tests/pretend_gpu.py), so
+whatever it does not read from there is seen. With one, real graphs are compared with launches.
+"""
+
+import pytest
+import torch
+from pretend_gpu import played_again
+
+from demem_lab import replay
+from demem_lab.attacks import PGD, cross_entropy, frozen, margin
+from demem_lab.models import MLP, ResNet18, SmallCNN
+from demem_lab.objectives import TRADES, _Away
+from demem_lab.replay import Replays, padded
+from demem_lab.streams import Streams
+
+REAL = torch.cuda.is_available()
+ON = torch.device("cuda" if REAL else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def recordings(monkeypatch):
+    """Counts of recordings made and played."""
+    made, real = {"made": 0, "played": 0}, replay.recorded
+
+    def recorded(compute, pool, device):
+        out, play = (real if REAL else played_again)(compute, pool, device)
+        made["made"] += 1
+
+        def counted():
+            made["played"] += 1
+            play()
+
+        return out, counted
+
+    monkeypatch.setattr(replay, "recorded", recorded)
+    if not REAL:
+        monkeypatch.setattr(replay, "new_pool", object)
+    return made
+
+
+def network(spec=None, models=1, shape=(1, 8, 8)):
+    net = (spec or MLP((6,))).build(models=models, shape=shape, classes=4, seeds=range(models)).double().to(ON).eval()
+    return net, net.__class__
+
+
+def batch(rows, models=1, shape=(1, 8, 8), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(models * rows, *shape, generator=generator, dtype=torch.float64)
+    return x.to(ON), torch.randint(4, (models * rows,), generator=generator).to(ON)
+
+
+def both(attack, net, x, y, **how):
+    """The moved images as recorded and launch by launch."""
+    kept, net.replays = net.replays, None
+    plain = attack(net, x, y, **how)
+    net.replays = kept
+    return attack(net, x, y, **how), plain
+
+
+@pytest.mark.parametrize("spec", [MLP((6,)), SmallCNN(), ResNet18(width=4), ResNet18(width=4, norm="batch")])
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("loss", [cross_entropy, margin])
+def test_images_are_the_same_for_batches_of_any_size(spec, models, loss, recordings):
+    net, _ = network(spec, models, (3, 16, 16))
+    net.replays, attack = Replays(), PGD(0.1, 3)
+    for seed, rows in enumerate((7, 5, 8, 3, 11, 9)):  # padded to 8 and to 16
+        x, y = batch(rows, models, (3, 16, 16), seed)
+        found, plain = both(attack, net, x, y, loss=loss, rng=Streams(range(models), "attack", seed, device=ON))
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+        assert found.is_contiguous() and not found.requires_grad
+    assert recordings == {"made": 2, "played": 4} and len(net.replays.kept) == 2
+
+
+def test_l2_attacks_and_restarts_are_the_same():
+    net, _ = network(models=2)
+    net.replays, attack = Replays(), PGD(0.5, 3, norm="l2", restarts=3)
+    for seed in range(3):
+        x, y = batch(5, 2, seed=seed)
+        found, plain = both(attack, net, x, y, rng=Streams((0, 1), "attack", seed, device=ON))
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+
+
+def test_weights_are_read_where_they_lie(recordings):
+    net, _ = network()
+    net.replays, attack, (x, y) = Replays(), PGD(0.1, 3, random_start=False), batch(8)
+    for _ in range(4):
+        found, plain = both(attack, net, x, y)
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.mul_(-1.5)
+    assert recordings["made"] == 1
+    for p in net.parameters():  # other places: an old recording would read what was left behind
+        p.data = p.data.clone() * -1
+    for _ in range(3):
+        found, plain = both(attack, net, x, y)
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+    assert recordings["made"] == 2
+
+
+def test_an_attack_on_the_clean_prediction_gets_each_batchs_own(recordings):
+    net, _ = network(models=2)
+    net.replays, objective = Replays(), TRADES(PGD(0.1, 3))
+    for seed in range(4):
+        x, y = batch(6, 2, seed=seed)
+        rng = Streams((0, 1), "attack", seed, device=ON)
+        found = objective.move(net, x, y, rng)
+        kept, net.replays = net.replays, None
+        torch.testing.assert_close(found, objective.move(net, x, y, rng), rtol=0, atol=1e-12)
+        net.replays = kept
+    assert recordings == {"made": 1, "played": 3}
+
+
+def test_what_a_loss_holds_is_asked_for_before_it_is_recorded(recordings):
+    net, _ = network()
+    net.replays, (x, y) = Replays(), batch(8)
+    for scale in (1.0, -1.0, 2.0):
+        found, plain = both(PGD(0.1, 3), net, x, y, loss=lambda a, b, s=scale: s * a.sum(-1), start=x.clone())
+        assert torch.equal(found, plain)
+    assert recordings["made"] == 0 and not net.replays.kept
+    assert hasattr(_Away(torch.rand(3, 4)), "given")
+
+
+def test_settings_have_recordings_of_their_own(recordings):
+    net, _ = network()
+    net.replays, (x, y) = Replays(), batch(8)
+    attacks = [PGD(0.1, 3, random_start=False), PGD(0.1, 4, random_start=False), PGD(0.2, 3, random_start=False)]
+    found = [attack(net, x, y) for _ in range(3) for attack in attacks]
+    assert recordings["made"] == 3 and not torch.equal(found[6], found[7]) and not torch.equal(found[6], found[8])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found[:3], found[6:], strict=True))
+    for number in range(30):
+        PGD(0.1 + number / 100, 1)(net, x, y, start=x)
+    assert len(net.replays.kept) == replay.MOST
+
+
+def test_one_answer_does_not_change_with_the_next():
+    net, _ = network()
+    net.replays, attack = Replays(), PGD(0.1, 3, random_start=False)
+    x, y = batch(8)
+    answers = [attack(net, x, y) for _ in range(3)]
+    kept = answers[-1].clone()
+    attack(net, *batch(8, seed=5))
+    assert torch.equal(answers[-1], kept)
+
+
+def test_what_cannot_be_recorded_goes_on_without(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(replay, "recorded", fails)
+    net, _ = network()
+    net.replays, attack, (x, y) = Replays(), PGD(0.1, 3, random_start=False), batch(8)
+    first = attack(net, x, y)
+    with pytest.warns(UserWarning, match="could not be recorded .operation not permitted when stream is capturing.; going on"):
+        assert torch.equal(first, attack(net, x, y))
+    assert torch.equal(first, attack(net, x, y)) and not net.replays.able
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(replay, "recorded", full)
+    net.replays = Replays()
+    attack(net, x, y)
+    with pytest.raises(torch.OutOfMemoryError):
+        attack(net, x, y)
+
+
+def test_only_networks_on_a_card_record():
+    net, _ = network()
+    assert net.arranged_for("cpu").replays is None and net.arranged_for("cuda").replays is not None
+    with frozen(net):
+        assert padded(1) == 8 and all(r <= padded(r) < r + max(8, r / 7 + 1) for r in range(1, 3000))
