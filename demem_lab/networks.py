@@ -7,6 +7,7 @@ gradient norms are made of. Architectures are in `models`.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -81,6 +82,25 @@ class Network(nn.Module):
     def body(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def compile(self, trial: Callable[[], object]) -> None:
+        """Let torch.compile fuse the body, for batches of any size. `trial` makes a first pass, in which it is compiled.
+
+        A compiler can fail in any way, and is never needed: then there is a warning, and all goes on without.
+        """
+        # while it compiles it tells of powers that it cannot bound, thousands of times
+        logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+                self.fast = torch.compile(self.body, dynamic=True)
+                trial()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.fast = None
+            reason = str(error).strip().split("\n")[0][:200]
+            warnings.warn(f"the network could not be compiled ({reason}); going on without, which is only slower", stacklevel=3)
+
     def prepare(self):
         """What an attack can compute once, as it follows from weights and running statistics alone; None for nothing."""
         return None
@@ -136,13 +156,6 @@ class _Slope(torch.autograd.Function):
 def _with_slope(x: Tensor, factor: float) -> Tensor:
     """x, whose gradient will be multiplied by `factor` on its way back."""
     return x if factor == 1 else _Slope.apply(x, factor)
-
-
-def compiled(body: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What torch.compile makes of a network's body, for batches of any size; it is compiled when it is first called."""
-    # while it compiles it tells of powers that it cannot bound, thousands of times
-    logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)
-    return torch.compile(body, dynamic=True)
 
 
 class Spec(Protocol):

@@ -38,7 +38,7 @@ from demem_lab.results import Results, measure
 from demem_lab.sampling import Poisson, Shuffled
 from demem_lab.store import Store
 from demem_lab.streams import key, model_seeds
-from demem_lab.training import Ensemble, Recipe
+from demem_lab.training import Recipe
 from demem_lab.validate import choice, finite, instance, integer
 
 MODULES = (*training.MODULES, "queries", "protocol", "accounting")  # what is promised is kept with the numbers
@@ -170,14 +170,15 @@ def treated(protocol: Protocol, score: np.ndarray) -> torch.Tensor:
 def run(
     protocol: Protocol, *, arms: Sequence[str] = (), store: Store | None = None, root: str | Path | None = None,
     download: bool = False, device: str = "auto", progress: bool = True, save: str | Path | None = None,
-    executor: Executor | None = None,
+    executor: Executor | None = None, chunk: int | None = None, compiled: bool = False,
 ) -> Results:
     """Train and measure arms (all by default); what is in the store is not computed again.
 
     device: "auto" is the CPU for digits, also where a GPU is, and else a GPU where there is one (or the executor's workers'
     device). save: a file that is written anew after each arm. executor: where chunks of models are trained and asked, as in
-    `training.train`; the store must be on a file system that its workers see. Raises ValueError for an unknown arm, and for a
-    file that would lose arms or is something else, before anything is trained.
+    `training.train`; the store must be on a file system that its workers see. chunk, compiled: as there, for training and
+    queries; on a GPU, large networks are fastest one by one and compiled (chunk=1, compiled=True). Raises ValueError for an
+    unknown arm, and for a file that would lose arms or is something else, before anything is trained.
     """
     instance("protocol", protocol, Protocol, example="PROFILES['smoke']")
     treatments = arms_of(protocol)
@@ -195,7 +196,8 @@ def run(
     store, dataset = store or Store(), protocol.load(root, download=download)
     device = farm.suited(device, dataset.name)
     began, seconds, machine = time.time(), 0.0, None
-    score = risk_score(protocol, dataset, store=store, device=device, progress=progress, executor=executor)
+    how = {"device": device, "progress": progress, "executor": executor, "compiled": compiled}
+    score = risk_score(protocol, dataset, store=store, **how)
     members = data.member_masks(dataset.n, protocol.models, seed=key(protocol.seed, "members") % 2**31)
     seeds = model_seeds(protocol.seed, protocol.models)
     top = treated(protocol, score).numpy()
@@ -203,7 +205,7 @@ def run(
     for name in arms:
         arm = treatments[name]
         recipe = protocol.recipe(arm.mechanism(protocol, score), lr=arm.rate(protocol))
-        tables, text, took = _tables(protocol, dataset, members, seeds, recipe, name, store, device, progress, executor)
+        tables, text, took = _tables(protocol, dataset, members, seeds, recipe, name, store, chunk=chunk, **how)
         machine = machine or _machine_of(device, executor)
         measured[name] = measure(tables, dataset.y.numpy(), members.numpy(), at_risk=top)
         promised[name], seconds = text, seconds + took
@@ -216,11 +218,11 @@ def run(
 
 def risk_score(
     protocol: Protocol, dataset: Dataset, *, store: Store, device: str = "auto", progress: bool = False,
-    executor: Executor | None = None,
+    executor: Executor | None = None, compiled: bool = False,
 ) -> np.ndarray:
     """[N] mean adversarial loss of each sample in the first epochs of ONE plain run that trains on everybody.
 
-    device and executor as in `run`.
+    device, executor and compiled as in `run`.
     """
     epochs = protocol.scoring_epochs
     everybody = torch.ones(1, dataset.n, dtype=torch.bool)
@@ -229,6 +231,7 @@ def risk_score(
     scored = training.train(
         dataset, everybody, recipe, seeds=(key(protocol.seed, "scoring"),), store=store, trace=True,
         device=farm.suited(device, dataset.name), progress=progress, label="risk score", executor=executor,
+        compiled=compiled,
     )
     return risk.early_loss(scored.trace, epochs=epochs)
 
@@ -257,12 +260,16 @@ def tune(
     for rate in rates:
         recipe = other.recipe(arms_of(other)[name].mechanism(other, score), lr=rate)
         seeds = model_seeds(other.seed, models)
-        tables, _, _ = _tables(other, dataset, members, seeds, recipe, f"{name}, lr {rate:g}", store, device, progress)
+        label = f"{name}, lr {rate:g}"
+        tables, _, _ = _tables(other, dataset, members, seeds, recipe, label, store, device=device, progress=progress)
         found[rate] = float(tables["robust"][~members.numpy()].mean())
     return found
 
 
-def _tables(protocol, dataset, members, seeds, recipe: Recipe, name, store: Store, device: str, progress: bool, executor=None):
+def _tables(
+    protocol, dataset, members, seeds, recipe: Recipe, name, store: Store, *, device: str, progress: bool, executor=None,
+    chunk: int | None = None, compiled: bool = False,
+):
     """(tables, guarantee in words, seconds it took when it was computed) of one arm, through the store."""
     on = farm.device(device) if executor is None else farm.device_of(executor, device)
     recipe = replace(recipe, precision=resolve(recipe.precision, on))  # kept results say what it was
@@ -274,18 +281,20 @@ def _tables(protocol, dataset, members, seeds, recipe: Recipe, name, store: Stor
     def compute():
         ensemble = training.train(
             dataset, members, recipe, seeds=seeds, store=store, device=device, progress=progress, label=name,
-            executor=executor,
+            executor=executor, chunk=chunk, compiled=compiled,
         )
         meta = {"guarantee": str(ensemble.guarantee(delta=protocol.delta))}
-        return _query(ensemble, dataset, protocol.query, device, executor, store), meta
+        block = 1000 if compiled else 300
+        ask = partial(
+            queries.outputs, ensemble, dataset, device=device, executor=executor, store=store, block=block, compiled=compiled
+        )
+        return _query(ask, dataset.y.numpy(), protocol.query), meta
 
     entry = store.compute("protocol", config, compute, modules=MODULES)
     return entry.arrays, entry.meta["guarantee"], entry.meta["seconds"]
 
 
-def _query(ensemble: Ensemble, dataset: Dataset, attack: PGD, device: str, executor, store: Store) -> dict[str, np.ndarray]:
-    y = dataset.y.numpy()
-    ask = partial(queries.outputs, ensemble, dataset, device=device, executor=executor, store=store)
+def _query(ask: Callable[..., np.ndarray], y: np.ndarray, attack: PGD) -> dict[str, np.ndarray]:
     clean, moved = ask(), ask(attack=attack)
     robust = (clean.argmax(-1) == y) & (moved.argmax(-1) == y)
     # a saturated softmax blinds cross-entropy, the margin sees: robust is what withstands both

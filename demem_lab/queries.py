@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from demem_lab import farm
-from demem_lab.attacks import PGD, Loss, cross_entropy, frozen
+from demem_lab.attacks import PGD, Loss, cross_entropy, frozen, image_slope
 from demem_lab.data import Dataset, Deposited
 from demem_lab.store import Store
 from demem_lab.streams import Streams
@@ -24,7 +24,7 @@ from demem_lab.training import Ensemble, Recipe
 def outputs(
     ensemble: Ensemble, dataset: Dataset, *, attack: PGD | None = None, loss: Loss = cross_entropy,
     device: str = "auto", block: int = 300, only: np.ndarray | None = None, executor: Executor | None = None,
-    store: Store | None = None, stop: threading.Event | None = None,
+    store: Store | None = None, stop: threading.Event | None = None, compiled: bool = False,
 ) -> np.ndarray:
     """Logits [M, N, K] float32 of every model on every sample, clean or on that model's own adversarial examples.
 
@@ -33,10 +33,11 @@ def outputs(
     each model is asked about (default all); the other rows are NaN. block: samples asked about at once. executor: as in
     `train`; store: where its workers read the images, which every chunk carries otherwise. Models that do not fit into memory
     together are asked one after the other; MemoryError when one does not. stop: once set (by another thread),
-    KeyboardInterrupt.
+    KeyboardInterrupt. compiled: as in `train`; models are asked one by one then, which is how large ones are fastest on a GPU.
     """
     on = farm.device(device) if executor is None else farm.device_of(executor, device)
     per_chunk = 16 if executor is not None else min(16, -(-ensemble.models // farm.workers(on)))  # more only costs memory here
+    per_chunk = 1 if compiled else per_chunk
     questions = []
     images = dataset
     if executor is not None and store is not None:
@@ -46,7 +47,7 @@ def outputs(
         asked = np.ones((len(rows), dataset.n), dtype=bool) if only is None else np.asarray(only, dtype=bool)[rows]
         # settings, losses and traces do not change an answer, and need not travel
         few = replace(ensemble.part(rows), recipe=Recipe(model=ensemble.recipe.model), trace=None)
-        questions.append(_Question(few, images, attack, loss, on, block, asked))
+        questions.append(_Question(few, images, attack, loss, on, block, asked, compiled))
     how = {"at_once": farm.workers(on), "executor": executor, "stop": stop, "fix": "ask another one"}
     return np.concatenate(farm.run(_answer, questions, **how))
 
@@ -60,6 +61,7 @@ class _Question:
     device: torch.device
     block: int
     asked: np.ndarray  # bool [M, N]
+    compiled: bool = False
 
 
 def _answer(question: _Question, stop) -> np.ndarray:
@@ -85,6 +87,10 @@ def _logits(question: _Question, stop) -> np.ndarray:
     ensemble, dataset, on, asked = question.ensemble, question.dataset, question.device, question.asked
     dataset = dataset.load() if isinstance(dataset, Deposited) else dataset
     net = ensemble.network(device=on)
+    if question.compiled:
+        few = dataset.x[:2].to(on).repeat(ensemble.models, 1, 1, 1)
+        with frozen(net):
+            net.compile(lambda: image_slope(net, few, dataset.y[:2].to(on).repeat(ensemble.models)))
     out = np.full((ensemble.models, dataset.n, ensemble.classes), np.nan, dtype=np.float32)
     for start in range(0, dataset.n, question.block):
         if stop is not None and stop.is_set():

@@ -60,7 +60,8 @@ class Replays:
             except RuntimeError as error:
                 self.able = False
                 reason = str(error).strip().split("\n")[0][:200]
-                warnings.warn(f"the attack could not be recorded ({reason}); going on without, which is only slower", stacklevel=2)
+                told = f"the attack could not be recorded ({reason}); going on without, which is only slower"
+                warnings.warn(told, stacklevel=2)
         recording.met = True
         if recording.play is None:
             return again()  # the first time launch by launch: kernels are chosen and compiled then, which cannot be recorded

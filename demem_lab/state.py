@@ -6,8 +6,6 @@ fewer models at once, or after something went wrong in its middle, and gives the
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +13,6 @@ from torch import Tensor
 from demem_lab.attacks import frozen, image_slope
 from demem_lab.live import Moment
 from demem_lab.mechanisms import Batch
-from demem_lab.networks import compiled
 from demem_lab.objectives import PerSample
 from demem_lab.precision import Precision, Scaler
 from demem_lab.recipe import Job
@@ -50,22 +47,18 @@ class State:
         self.step, self.consistent = 0, True
 
     def _compile(self) -> None:
-        # per-sample norms read what every layer meets, which a fused pass hides: then only attacks are fused
-        net, x, private = self.net, self.x[:2].repeat(self.models, 1, 1, 1), self.job.recipe.mechanism.per_sample
-        self.statistics = [b.clone() for b in net.buffers()]
-        try:
-            net.fast = compiled(net.body)
-            if private:
+        net, x, y = self.net, self.x[:2].repeat(self.models, 1, 1, 1), self.y[:2].repeat(self.models)
+
+        def trial() -> None:
+            # per-sample norms read what every layer meets, which a fused pass hides: then only attacks are fused
+            if self.job.recipe.mechanism.per_sample:
                 with frozen(net):
-                    image_slope(net, x, self.y[:2].repeat(self.models))
+                    image_slope(net, x, y)
             else:
                 torch.autograd.grad(net(x).sum(), list(net.parameters()))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a compiler can fail in any way, and is never needed
-            net.fast = None
-            reason = str(error).strip().split("\n")[0][:200]
-            warnings.warn(f"the network could not be compiled ({reason}); going on without, which is only slower", stacklevel=2)
+
+        self.statistics = [b.clone() for b in net.buffers()]
+        net.compile(trial)
         self._put_back()
 
     def advance(self) -> None:

@@ -79,7 +79,8 @@ def test_a_convolution_with_a_bias_folds_too():
     with torch.no_grad():
         folded = Folded.of(conv, norm, torch.float64, channels_last=False)
         torch.testing.assert_close(folded.linear(x), norm(conv(x)))
-        torch.testing.assert_close(folded.relu(x, x[:, :4].repeat(1, 2, 1, 1)), (norm(conv(x)) + x[:, :4].repeat(1, 2, 1, 1)).relu())
+        shortcut = x[:, :4].repeat(1, 2, 1, 1)
+        torch.testing.assert_close(folded.relu(x, shortcut), (norm(conv(x)) + shortcut).relu())
 
 
 def test_weights_are_folded_once_an_attack_and_anew_for_the_next(monkeypatch):

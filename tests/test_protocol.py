@@ -184,10 +184,10 @@ def test_a_run_that_is_killed_leaves_the_file_of_the_arms_before(done, tmp_path,
     results, store, _ = done
     file, tables, write = tmp_path / "r.json", protocol._tables, Path.write_text
 
-    def second_arm_fails(*arguments):
+    def second_arm_fails(*arguments, **how):
         if arguments[5] == "drop":
             raise KeyboardInterrupt
-        return tables(*arguments)
+        return tables(*arguments, **how)
 
     def half(path, text):
         if '"drop": {' in text:
