@@ -82,7 +82,7 @@ class Network(nn.Module):
     def body(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def compile(self, trial: Callable[[], object]) -> None:
+    def compile_body(self, trial: Callable[[], object]) -> None:
         """Let torch.compile fuse the body, for batches of any size. `trial` makes a first pass, in which it is compiled.
 
         A compiler can fail in any way, and is never needed: then there is a warning, and all goes on without.

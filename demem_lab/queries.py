@@ -90,7 +90,7 @@ def _logits(question: _Question, stop) -> np.ndarray:
     if question.compiled:
         few = dataset.x[:2].to(on).repeat(ensemble.models, 1, 1, 1)
         with frozen(net):
-            net.compile(lambda: image_slope(net, few, dataset.y[:2].to(on).repeat(ensemble.models)))
+            net.compile_body(lambda: image_slope(net, few, dataset.y[:2].to(on).repeat(ensemble.models)))
     out = np.full((ensemble.models, dataset.n, ensemble.classes), np.nan, dtype=np.float32)
     for start in range(0, dataset.n, question.block):
         if stop is not None and stop.is_set():

@@ -58,7 +58,7 @@ class State:
                 torch.autograd.grad(net(x).sum(), list(net.parameters()))
 
         self.statistics = [b.clone() for b in net.buffers()]
-        net.compile(trial)
+        net.compile_body(trial)
         self._put_back()
 
     def advance(self) -> None:
