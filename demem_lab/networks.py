@@ -91,7 +91,8 @@ class Network(nn.Module):
         logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+                for known in ("TensorFloat32 tensor cores", "The .grad attribute of a Tensor that is not a leaf"):
+                    warnings.filterwarnings("ignore", message=known)
                 self.fast = torch.compile(self.body, dynamic=True)
                 trial()
         except torch.OutOfMemoryError:
