@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demem_lab.folded import Folded, before_relu
+from demem_lab import kernels
+from demem_lab.folded import Folded, Normed, before_relu
 from demem_lab.layers import BatchNorm, Conv, GroupNorm, Linear
 from demem_lab.networks import Network, Spec, initialised, side_by_side
 from demem_lab.validate import choice, integer
@@ -31,6 +32,9 @@ from demem_lab.validate import choice, integer
 # Initial logits of a convolutional network are kept near 0: from large ones, adversarial training on CIFAR-10 first has to
 # unlearn a confidence that means nothing, and often ends in a constant answer.
 OUT_GAIN = 0.1
+# With group normalisation each block starts as little more than its shortcut (Goyal et al. 2017, arXiv 1706.02677, start at 0
+# with batch normalisation): otherwise the first epochs of training only undo the start.
+BLOCK_GAIN = 0.2
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,7 @@ class _Block(nn.Module):
         super().__init__()
         self.conv1, self.norm1 = Conv(models, inputs, outputs, stride=stride, bias=False), norm(models, outputs)
         self.conv2, self.norm2 = Conv(models, outputs, outputs, bias=False), norm(models, outputs)
+        self.norm2.start = BLOCK_GAIN if isinstance(self.norm2, GroupNorm) else 1.0
         self.short = None
         if stride != 1 or inputs != outputs:
             self.short = Conv(models, inputs, outputs, kernel=1, stride=stride, bias=False)
@@ -220,45 +225,49 @@ class _Residual(Network):
         return self.out(h.unflatten(1, (self.models, -1)).transpose(0, 1)).flatten(0, 1)
 
     @torch.no_grad()
-    def prepare(self) -> list[list[Folded]] | None:
-        """The stem, then each block's layers, with their batch normalisation folded in; None with group normalisation."""
-        if self.training or not self.has_batch_norm:
+    def prepare(self) -> list[list[Folded | Normed]] | None:
+        """The stem, then each block's convolutions, with their normalisation; None where autograd is to do it."""
+        dtype, (first, *_) = self.half or self.out.weight.dtype, self.stem_norm.weight.shape
+        private = isinstance(self.stem_norm, GroupNorm)
+        empty = torch.empty(1, self.stem_norm.channels, 1, 1, dtype=dtype, device=self.stem.weight.device)
+        if self.training or (private and not (first == 1 and self.channels_last and kernels.able(empty, self.stem_norm.groups))):
             return None
         pairs = [[(self.stem, self.stem_norm)]]
         for block in self.blocks:
             short = [] if block.short is None else [(block.short, block.short_norm)]
             pairs.append([(block.conv1, block.norm1), (block.conv2, block.norm2), *short])
-        how = {"dtype": self.half or self.out.weight.dtype, "channels_last": self.channels_last}
-        return [[Folded.of(conv, norm, **how) for conv, norm in some] for some in pairs]
+        if private:
+            return [[Normed.of(conv, norm, dtype) for conv, norm in some] for some in pairs]
+        return [[Folded.of(conv, norm, dtype, channels_last=self.channels_last) for conv, norm in some] for some in pairs]
 
     @torch.no_grad()
     def by_hand(self, x: Tensor, slope_of: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """As for the MLP, with batch normalisation in evaluation mode; None with any other."""
+        """As for the MLP, in evaluation mode; None where autograd is to do it."""
         layers = self.held or self.prepare()
         if layers is None:
             return None
         (stem,), *blocks = layers
         pixels = side_by_side(self.normalised(x), self.models).to(stem.weight.dtype)
         pixels = pixels.contiguous(memory_format=torch.channels_last) if self.channels_last else pixels
-        h = first = stem.relu(pixels)
-        seen = []
+        first, of_stem = stem.relu(pixels)
+        h, seen = first, []
         for one, two, *short in blocks:
-            middle = one.relu(h)
-            out = two.relu(middle, short[0].linear(h) if short else h)
-            seen.append((h, middle, out))
+            beside, of_short = short[0].linear(h) if short else (h, None)
+            middle, of_one = one.relu(h)
+            out, of_two = two.relu(middle, beside)
+            seen.append((h, middle, out, of_one, of_two, of_short))
             h = out
         features = h.to(x.dtype).mean((2, 3)).unflatten(1, (self.models, -1)).transpose(0, 1)
         slope = slope_of(self.out.product(features).flatten(0, 1)).unflatten(0, (self.models, -1))
         # float16 has no room for small gradients: all of them are `scale` times as large on the way back
         slope = (slope @ self.out.weight.mT).transpose(0, 1).flatten(1) * (self.scale / h[0, 0].numel())
-        slope = slope.to(h.dtype)[..., None, None].expand_as(h).contiguous(
-            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format
-        )
-        for (one, two, *short), (h, middle, out) in zip(reversed(blocks), reversed(seen), strict=True):
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        slope = slope.to(h.dtype)[..., None, None].expand_as(h).contiguous(memory_format=layout)
+        for (one, two, *short), (h, middle, out, of_one, of_two, of_short) in zip(reversed(blocks), reversed(seen), strict=True):
             slope = before_relu(slope, out)
-            inner = one.back(before_relu(two.back(slope, middle), middle), h)
-            slope = inner.add_(short[0].back(slope, h) if short else slope)
-        slope = stem.back(before_relu(slope, first), pixels).to(x.dtype) / (self.std * self.scale)
+            inner = one.back(before_relu(two.back(slope, middle, of_two), middle), h, of_one)
+            slope = inner.add_(short[0].back(slope, h, of_short) if short else slope)
+        slope = stem.back(before_relu(slope, first), pixels, of_stem).to(x.dtype) / (self.std * self.scale)
         return slope if self.models == 1 else slope.unflatten(1, (self.models, -1)).transpose(0, 1).flatten(0, 1)
 
 

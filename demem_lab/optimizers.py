@@ -96,6 +96,20 @@ class StepDecay:
         return self.factor ** sum(step >= m * total for m in self.milestones)
 
 
+@dataclass(frozen=True)
+class WarmUp:
+    """Another schedule, reached in a straight line over the first `share` of the steps (Goyal et al. 2017, section 2.2)."""
+
+    inner: Schedule
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        finite("share", self.share, low=0, high=1)
+
+    def __call__(self, step: int, total: int) -> float:
+        return min(1.0, (step + 1) / max(1.0, self.share * total)) * self.inner(step, total)
+
+
 class _Running:
     def __init__(self, settings, parameters: list[Tensor]) -> None:
         self.settings, self.parameters = settings, parameters

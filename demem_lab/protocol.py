@@ -31,7 +31,7 @@ from demem_lab.data import Dataset
 from demem_lab.mechanisms import DPSGD, Drop, LossVariance, Mechanism, Plain, SelectiveDP
 from demem_lab.models import ARCHITECTURES
 from demem_lab.objectives import AWP, PGDAT, TRADES, Natural, Objective
-from demem_lab.optimizers import SGD, HalfFlat, Schedule, StepDecay
+from demem_lab.optimizers import SGD, HalfFlat, Schedule, StepDecay, WarmUp
 from demem_lab.precision import Precision, resolve
 from demem_lab.remedies import GradedRelease, release_schedule
 from demem_lab.results import Results, measure
@@ -64,6 +64,7 @@ class Protocol:
     batch_size: int = 256
     lr: float = 0.1
     decay_at: float = 0.75  # fraction of the steps after which the rate falls to a tenth; 0: flat, then linear to zero
+    warm_up: float = 0.0  # share of the steps in which the rate rises to `lr`
     weight_decay: float = 5e-4
     noise_multiplier: float = 1.0
     max_grad_norm: float = 1.0
@@ -90,7 +91,7 @@ class Protocol:
         for name in ("eps", "attack_step", "query_step", "lr", "weight_decay", "noise_multiplier", "max_grad_norm", "dp_lr",
                      "risk_threshold"):
             finite(name, getattr(self, name), low=0)
-        for name in ("fraction", "decay_at", "delta"):
+        for name in ("fraction", "decay_at", "warm_up", "delta"):
             finite(name, getattr(self, name), low=0, high=1)
         finite("epochs", self.epochs, low=0.01, high=100_000)
         if not isinstance(self.lams, (tuple, list)):
@@ -110,6 +111,7 @@ class Protocol:
     def recipe(self, mechanism: Mechanism | None = None, *, lr: float | tuple[float, ...] | None = None) -> Recipe:
         """How a model is trained under a treatment."""
         schedule: Schedule = StepDecay((self.decay_at,)) if self.decay_at else HalfFlat()
+        schedule = WarmUp(schedule, self.warm_up) if self.warm_up else schedule
         return Recipe(
             model=ARCHITECTURES[self.model], objective=self._objective(), mechanism=mechanism or Plain(),
             optimizer=SGD(lr=self.lr if lr is None else lr, weight_decay=self.weight_decay),

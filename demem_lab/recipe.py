@@ -24,8 +24,8 @@ from demem_lab.sampling import Poisson, Sampler
 from demem_lab.validate import choice, finite, instance, integer, member_mask, shown
 
 MODULES = (
-    "streams", "data", "augment", "precision", "layers", "replay", "networks", "folded", "models", "attacks", "objectives",
-    "mechanisms", "budgets", "remedies", "sampling", "optimizers", "recipe", "state",
+    "streams", "data", "augment", "precision", "triton_norm", "kernels", "layers", "replay", "networks", "folded", "models",
+    "attacks", "objectives", "mechanisms", "budgets", "remedies", "sampling", "optimizers", "recipe", "state",
 )  # whose source decides what a trained model is
 
 

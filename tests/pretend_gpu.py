@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from demem_lab import replay
+from demem_lab import kernels, replay
 
 CARD = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -193,6 +193,7 @@ def pretend_gpu(capability=(8, 0), memory=16 << 30):
         stack.enter_context(mock.patch.object(torch, "Generator", CardGenerator))
         stack.enter_context(mock.patch.object(replay, "recorded", played_again))
         stack.enter_context(mock.patch.object(replay, "new_pool", object))
+        stack.enter_context(mock.patch.object(kernels, "_works", lambda on: False))
         stack.enter_context(mock.patch.object(torch, "autocast", _Autocast))
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda kind="cpu": asked("cpu")))
         # a module moved to a card gets new parameters, because torch cannot exchange the memory below these

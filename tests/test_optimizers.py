@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from demem_lab.optimizers import SGD, AdamW, Cosine, HalfFlat, StepDecay
+from demem_lab.optimizers import SGD, AdamW, Cosine, HalfFlat, StepDecay, WarmUp
 
 
 def run_ours(settings, gradients, factors):
@@ -88,3 +88,25 @@ def test_one_rate_a_model_or_one():
     assert SGD(lr=(1.0, 2.0, 3.0)).for_models([2], 3).lr == (3.0,)
     with pytest.raises(ValueError, match="2 entries for 3 models"):
         SGD(lr=(1.0, 2.0)).for_models([0], 3)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_all_parameters_at_once_are_the_same_step(decay):
+    def made():
+        parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6) * k) for k in (1, 2)]
+        return parameters, SGD(lr=0.1, weight_decay=decay).start(parameters)
+
+    (one, by_one), (all_, at_once) = made(), made()
+    for g, f in zip(GRADIENTS, FACTORS, strict=True):
+        by_one.apply([g, 3 * g], f)
+        with torch.no_grad():
+            at_once._at_once([g, 3 * g], f)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(one, all_, strict=True))
+
+
+def test_warm_up_rises_to_the_schedule():
+    warm = WarmUp(HalfFlat(0.5), 0.2)
+    assert [round(warm(t, 20), 3) for t in range(20)] == [0.25, 0.5, 0.75, *[1.0] * 8, *[k / 10 for k in range(9, 0, -1)]]
+    assert [WarmUp(Cosine(), 0.0)(t, 9) for t in range(9)] == [Cosine()(t, 9) for t in range(9)]
+    with pytest.raises(ValueError, match="share"):
+        WarmUp(Cosine(), 1.5)

@@ -25,6 +25,8 @@ store
 data
 augment
 precision
+triton_norm
+kernels
 layers
 replay
 networks
