@@ -29,6 +29,8 @@ def _kernels():
 @lru_cache(maxsize=8)
 def _works(on: torch.device) -> bool:
     """Whether they give what torch gives; tried once in a process, on a few numbers. A compiler can fail in any way."""
+    if _kernels() is None:
+        return False
     x = torch.linspace(-1, 1, 2 * 64 * 4, device=on).square().view(2, 64, 2, 2).contiguous(memory_format=torch.channels_last)
     one, zero = torch.ones(64, device=on), torch.zeros(64, device=on)
     try:
@@ -53,7 +55,7 @@ def able(x: Tensor, groups: int) -> bool:
     size = channels // groups
     whole = channels & (channels - 1) == 0 and channels == groups * size  # Triton's blocks are powers of two
     last = x.is_contiguous(memory_format=torch.channels_last)
-    return known and whole and last and _kernels() is not None and _works(x.device)
+    return known and whole and last and _works(x.device)
 
 
 def normalised(

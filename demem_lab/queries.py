@@ -19,12 +19,14 @@ from demem_lab.data import Dataset, Deposited
 from demem_lab.store import Store
 from demem_lab.streams import Streams
 from demem_lab.training import Ensemble, Recipe
+from demem_lab.validate import integer
 
 
 def outputs(
     ensemble: Ensemble, dataset: Dataset, *, attack: PGD | None = None, loss: Loss = cross_entropy,
     device: str = "auto", block: int = 300, only: np.ndarray | None = None, executor: Executor | None = None,
-    store: Store | None = None, stop: threading.Event | None = None, compiled: bool = False,
+    store: Store | None = None, stop: threading.Event | None = None, chunk: int | None = None,
+    compiled: bool = False,
 ) -> np.ndarray:
     """Logits [M, N, K] float32 of every model on every sample, clean or on that model's own adversarial examples.
 
@@ -33,11 +35,11 @@ def outputs(
     each model is asked about (default all); the other rows are NaN. block: samples asked about at once. executor: as in
     `train`; store: where its workers read the images, which every chunk carries otherwise. Models that do not fit into memory
     together are asked one after the other; MemoryError when one does not. stop: once set (by another thread),
-    KeyboardInterrupt. compiled: as in `train`; models are asked one by one then, which is how large ones are fastest on a GPU.
+    KeyboardInterrupt. chunk: models asked at once; large ones are fastest one by one on a GPU. compiled: as in `train`.
     """
     on = farm.device(device) if executor is None else farm.device_of(executor, device)
     per_chunk = 16 if executor is not None else min(16, -(-ensemble.models // farm.workers(on)))  # more only costs memory here
-    per_chunk = 1 if compiled else per_chunk
+    per_chunk = per_chunk if chunk is None else integer("chunk", chunk, low=1)
     questions = []
     images = dataset
     if executor is not None and store is not None:

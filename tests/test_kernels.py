@@ -1,6 +1,7 @@
 """Group normalisation's own kernels against torch's, in Triton's interpreter or on the card of this machine."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -24,8 +25,15 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    if not REAL:  # read when the kernels are imported
+    if not REAL:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.delitem(sys.modules, "demem_lab.triton_norm", raising=False)  # it is read when this is imported
+        monkeypatch.delattr("demem_lab.triton_norm", raising=False)
+    for known in (kernels._kernels, kernels._works):
+        known.cache_clear()
+    yield
+    for known in (kernels._kernels, kernels._works):
+        getattr(known, "cache_clear", lambda: None)()
 
 
 def made(b, c, h, w, seed=0, offset=0.0):
@@ -87,8 +95,10 @@ def test_a_large_mean_does_not_drown_the_variance():
 def test_what_they_cannot_do_is_left_to_torch(monkeypatch):
     x, *_ = made(1, 64, 4, 4)
     assert not kernels.able(x.contiguous(), 32) and not kernels.able(torch.randn(1, 48, 2, 2), 16)
-    monkeypatch.setattr(kernels, "_kernels", lambda: None)
-    assert not kernels.able(x, 32)
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "_kernels", lambda: None)
+        kernels._works.cache_clear()
+        assert not kernels.able(x, 32)
 
 
 def test_kernels_that_fail_or_are_wrong_are_not_used(monkeypatch):
@@ -107,7 +117,7 @@ def test_elsewhere_nothing_is_tried(monkeypatch):
     x, *_ = made(1, 64, 4, 4)
     assert not kernels.able(x.double(), 32)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(kernels, "_works", lambda on: 1 / 0)
+    monkeypatch.setattr(kernels, "_kernels", lambda: 1 / 0)
     assert not kernels.able(x.cpu(), 32)
 
 
