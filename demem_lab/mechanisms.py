@@ -134,6 +134,12 @@ class Mechanism:
                 changes[field.name] = value[list(rows)] if hasattr(value, "ndim") else tuple(value[r] for r in rows)
         return replace(self, **changes)
 
+    def on(self, device: torch.device) -> Mechanism:
+        """The same with its flags on a device: every step looks them up."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        held = {name: torch.as_tensor(v).to(device) for name, v in held.items() if isinstance(v, (torch.Tensor, np.ndarray))}
+        return replace(self, **held) if held else self
+
     def check(self, n: int) -> None:
         """ValueError when the mechanism's flags do not fit a data set of n samples."""
 

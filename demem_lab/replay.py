@@ -86,12 +86,12 @@ class _Recording:
 
 
 def padded(rows: int) -> int:
-    """The number of rows that a batch is padded to: the next multiple of 8 to about an eighth of it.
+    """The number of rows that a batch is padded to: the next multiple of 4 to about a sixteenth of it.
 
     >>> [padded(rows) for rows in (3, 50, 128, 139, 1024)]
-    [8, 56, 128, 144, 1024]
+    [4, 52, 128, 144, 1024]
     """
-    unit = max(8, 2 ** (rows.bit_length() - 4))
+    unit = max(4, 2 ** (rows.bit_length() - 5))
     return -(-rows // unit) * unit
 
 

@@ -28,6 +28,7 @@ class State:
         self.x = job.dataset.x.to(job.device, job.dtype)
         self.y = job.dataset.y.to(job.device)
         self.members = job.members.to(job.device)
+        self.mechanism = job.recipe.mechanism.on(job.device)
         self.net = job.recipe.model.build(
             models=self.models, shape=job.dataset.shape, classes=len(job.dataset.classes), seeds=job.seeds
         ).to(job.device, job.dtype)
@@ -51,7 +52,7 @@ class State:
 
         def trial() -> None:
             # per-sample norms read what every layer meets, which a fused pass hides: then only attacks are fused
-            if self.job.recipe.mechanism.per_sample:
+            if self.mechanism.per_sample:
                 with frozen(net):
                     image_slope(net, x, y)
             else:
@@ -65,7 +66,7 @@ class State:
         """One step of all models."""
         job, t = self.job, self.step
         index, valid = self.draw(t)
-        kept = job.recipe.mechanism.takes_part(self._batch(index, valid))
+        kept = self.mechanism.takes_part(self._batch(index, valid))
         if not torch.equal(kept, valid):  # who has left costs nothing
             index, valid = kept_only(index, kept)
         batch = self._batch(index, valid)
@@ -103,7 +104,7 @@ class State:
 
     def _gradients(self, batch: Batch) -> tuple[PerSample, list[Tensor]]:
         job, flat, t = self.job, batch.index.flatten(), batch.step
-        objective, mechanism = job.recipe.objective, job.recipe.mechanism
+        objective, mechanism = job.recipe.objective, self.mechanism
         streams = {"counts": batch.valid.sum(1).tolist(), "device": self.device}
         x, y = self.x[flat], self.y[flat]
         if job.recipe.augment is not None:

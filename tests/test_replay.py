@@ -65,7 +65,7 @@ def both(attack, net, x, y, **how):
 def test_images_are_the_same_for_batches_of_any_size(spec, models, loss, recordings):
     net, _ = network(spec, models, (3, 16, 16))
     net.replays, attack = Replays(), PGD(0.1, 3)
-    for seed, rows in enumerate((7, 5, 8, 3, 11, 9)):  # padded to 8 and to 16
+    for seed, rows in enumerate((7, 5, 8, 6, 11, 9)):  # padded to 8 and to 12
         x, y = batch(rows, models, (3, 16, 16), seed)
         found, plain = both(attack, net, x, y, loss=loss, rng=Streams(range(models), "attack", seed, device=ON))
         torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
@@ -171,4 +171,4 @@ def test_only_networks_on_a_card_record():
     net, _ = network()
     assert net.arranged_for("cpu").replays is None and net.arranged_for("cuda").replays is not None
     with frozen(net):
-        assert padded(1) == 8 and all(r <= padded(r) < r + max(8, r / 7 + 1) for r in range(1, 3000))
+        assert padded(1) == 4 and all(r <= padded(r) < r + max(4, r / 15 + 1) for r in range(1, 3000))
