@@ -93,7 +93,7 @@ class PGD:
         else:
             z = x.clone()
         replays = getattr(net, "replays", None)
-        return self.climb(net, z, x, y, loss) if replays is None else replays.play(self, net, z, x, y, loss)
+        return self.climb(net, z, x, y, loss) if replays is None else replays.attack(self, net, z, x, y, loss)
 
     def climb(self, net, z: Tensor, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
         """All steps from `z` (which is overwritten), without random numbers: weights are frozen, and nothing else changes."""

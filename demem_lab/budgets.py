@@ -45,9 +45,6 @@ class BudgetedDP(SelectiveDP):
         """bool [M, B]: everybody who has not left."""
         return batch.valid & ~(self._is_protected(batch) & (batch.step >= look_up(self.allowed, batch)))
 
-    def _clip_factors(self, by_layer, batch: Batch, losses: Tensor) -> Tensor:
-        return torch.where(self.takes_part(batch), super()._clip_factors(by_layer, batch, losses), 0)
-
     def _noise_std(self, batch: Batch, models: int, like: Tensor) -> Tensor:
         last = torch.as_tensor(self._allowed_to_protected().amax(-1), device=like.device)
         return torch.where(batch.step < last, super()._noise_std(batch, models, like), 0)

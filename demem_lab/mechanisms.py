@@ -103,10 +103,15 @@ class Mechanism:
 
     def update(self, net, per_sample: PerSample, batch: Batch) -> list[Tensor]:
         """One gradient for each of net.parameters(), each [M, ...]."""
-        weights = batch.valid.to(per_sample.loss.dtype)
-        coefficients = self.coefficients(batch)
-        if coefficients is not None:
-            weights = weights * coefficients
+        return self.descend(net, per_sample, batch, self.weights(batch).to(per_sample.loss.dtype))
+
+    def weights(self, batch: Batch) -> Tensor:
+        """How much each row counts, [M, B]; padding counts 0."""
+        weights, coefficients = batch.valid.float(), self.coefficients(batch)
+        return weights if coefficients is None else weights * coefficients
+
+    def descend(self, net, per_sample: PerSample, batch: Batch, weights: Tensor) -> list[Tensor]:
+        """The gradients, given `weights` [M, B]."""
         # where() and not a product: an invalid row may hold inf or NaN, and 0 * inf would poison the sum
         losses = torch.where(batch.valid, per_sample.loss.view_as(weights), 0)
         total = (losses * weights).sum() / batch.divisor
@@ -238,42 +243,52 @@ class SelectiveDP(Mechanism):
         choice("selection", self.selection, SELECTIONS)
 
     def update(self, net, per_sample: PerSample, batch: Batch) -> list[Tensor]:
-        models = len(batch.valid)
+        clipped = self.clipped(batch)
+        return self.noised(self.sums(net, per_sample, self.takes_part(batch), clipped, self.few(net, clipped)), batch)
+
+    def clipped(self, batch: Batch) -> Tensor:
+        """bool [M, B]: the rows whose gradients are clipped."""
+        return self._is_protected(batch) & batch.valid
+
+    def sums(self, net, per_sample: PerSample, valid: Tensor, clipped: Tensor, rows: Tensor | None) -> list[Tensor]:
+        """Sums of the gradients, those of `clipped` clipped, one for each of net.parameters(); `rows` as `few` gives them."""
         layers = [layer for layer in net.layers if layer.calls]
         outputs = [out for layer in layers for _, out in layer.calls]
-        losses = torch.where(batch.valid, per_sample.loss.view_as(batch.valid), 0)
+        losses = torch.where(valid, per_sample.loss.view_as(valid), 0)
         deltas = iter(net.unscaled(torch.autograd.grad(losses.sum(), outputs)))
         by_layer = [(layer, [next(deltas) for _ in layer.calls]) for layer in layers]
-        weights = self._clip_factors(by_layer, batch, losses)
+        weights = self._factors(by_layer, valid, clipped, rows, losses)
         gradients = {}
         for layer, own in by_layer:
             gradients.update(zip(layer.parameters(), layer.weighted_gradients(own, weights), strict=True))
-        noise_std = self._noise_std(batch, models, losses)
-        sums = [gradients[p] for p in net.parameters()]
-        if not bool((noise_std > 0).any()):
-            return [s / batch.divisor for s in sums]
-        sizes = [s[0].numel() for s in sums]
-        noise = batch.noise.normal(sum(sizes)).to(losses.dtype).mul_(noise_std[:, None] / batch.divisor)
-        return [part.view_as(s).add_(s, alpha=1 / batch.divisor) for s, part in zip(sums, noise.split(sizes, 1), strict=True)]
+        return [gradients[p] for p in net.parameters()]
 
-    def _clip_factors(self, by_layer, batch: Batch, losses: Tensor) -> Tensor:
-        clipped = self._is_protected(batch) & batch.valid
-        rows = self._few(clipped, by_layer)
+    def _factors(self, by_layer, valid: Tensor, clipped: Tensor, rows: Tensor | None, losses: Tensor) -> Tensor:
         norms = sum(layer.sample_norms(own, rows) for layer, own in by_layer).clamp_min(0).sqrt()  # [M, B], or of `rows`
         bound = _per_model(self.max_grad_norm, losses).reshape(-1, 1)
         factor = bound / norms.clamp_min(bound)
         if rows is not None:
             factor = torch.ones_like(losses).scatter(1, rows, factor)
-        return torch.where(batch.valid, torch.where(clipped, factor, 1.0), 0.0)
+        return torch.where(valid, torch.where(clipped, factor, 1.0), 0.0)
 
-    def _few(self, clipped: Tensor, by_layer) -> Tensor | None:
+    def noised(self, sums: list[Tensor], batch: Batch) -> list[Tensor]:
+        """The sums with noise, divided by the expected batch size."""
+        noise_std = self._noise_std(batch, len(batch.valid), sums[0])
+        if not bool((noise_std > 0).any()):
+            return [s / batch.divisor for s in sums]
+        sizes = [s[0].numel() for s in sums]
+        noise = batch.noise.normal(sum(sizes)).to(sums[0].dtype).mul_(noise_std[:, None] / batch.divisor)
+        return [part.view_as(s).add_(s, alpha=1 / batch.divisor) for s, part in zip(sums, noise.split(sizes, 1), strict=True)]
+
+    def few(self, net, clipped: Tensor) -> Tensor | None:
         """int64 [M, R], the rows whose norms are needed (and some that fill up); None where all may as well be asked.
 
         Norms of convolutions cost as much as a plain step (one that protects a tenth: 2.2 becomes 1.2 plain steps).
         """
-        if self.protected is None or not any(layer.costly for layer, _ in by_layer):
+        if self.protected is None or not any(layer.costly for layer in net.layers):
             return None
-        most = max(1, int(clipped.sum(1).max()))
+        most, unit = max(1, int(clipped.sum(1).max())), 8 if clipped.is_cuda else 1  # a few numbers, to be recorded (`replay`)
+        most = -(-most // unit) * unit
         return None if 2 * most > clipped.shape[1] else clipped.int().argsort(1, descending=True)[:, :most]
 
     def _is_protected(self, batch: Batch) -> Tensor:
@@ -328,6 +343,8 @@ def _check(name: str, value: Setting, *, positive: bool = False) -> None:
 
 
 def _per_model(value: Setting, like: Tensor) -> Tensor:
+    if isinstance(value, (int, float)):
+        return like.new_full((), value)  # nothing to fetch from the CPU, which a GPU would wait for
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 

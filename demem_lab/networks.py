@@ -32,7 +32,7 @@ class Network(nn.Module):
         self.channels_last = False
         self.fast: Callable[[Tensor], Tensor] | None = None  # `body` compiled, for passes that nothing is recorded of
         self.recorded = False
-        self.replays: Replays | None = None  # attacks recorded on a GPU
+        self.replays: Replays | None = None  # what is recorded on a GPU
         self.held: object = None  # what `prepare` gave, while weights stand still
 
     def arranged_for(self, device: torch.device | str) -> Network:
@@ -89,16 +89,17 @@ class Network(nn.Module):
         """
         # while it compiles it tells of powers that it cannot bound, thousands of times
         logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)
+        replays = self.replays
         try:
             with warnings.catch_warnings():
                 for known in ("TensorFloat32 tensor cores", "The .grad attribute of a Tensor that is not a leaf"):
                     warnings.filterwarnings("ignore", message=known)
-                self.fast = torch.compile(self.body, dynamic=True)
+                self.fast, self.replays = torch.compile(self.body, dynamic=True), None  # one or the other
                 trial()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            self.fast = None
+            self.fast, self.replays = None, replays
             reason = str(error).strip().split("\n")[0][:200]
             warnings.warn(f"the network could not be compiled ({reason}); going on without, which is only slower", stacklevel=3)
 

@@ -1,106 +1,186 @@
-"""An attack recorded once on a GPU and played back: a thousand small launches become one.
+"""What is done at every step, recorded once on a GPU and played back: a thousand small launches become one.
 
-With small batches a GPU waits for its next launch most of the time. A CUDA graph keeps the launches of a whole attack. It
-reads the weights where they lie, so it stays right while they are trained. Rows are padded to a few numbers, so that the
-batches of Poisson sampling, each of another size, share a few recordings; in evaluation mode rows do not see each other.
+With small batches a GPU waits for its next launch most of the time. A CUDA graph keeps the launches of a whole attack, or of
+a training pass. It reads weights and images where they lie, so it stays right while the weights are trained. Rows are padded
+to a few numbers, so that the batches of Poisson sampling, each of another size, share a few recordings. The first time that a
+recording is played, what comes out is compared with what launches give.
 """
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-MOST = 16  # recordings of one network; the one not played for longest goes first
+MOST = 32  # recordings of one network; the one not played for longest goes first
+Outcome = tuple[Tensor, list[Tensor]]  # something for each row [M*B, ...], and what belongs to all rows together
 
 
 class Replays:
-    """The recorded attacks of one network."""
+    """The recordings of one network."""
 
     def __init__(self) -> None:
         self.kept: OrderedDict[tuple, _Recording] = OrderedDict()
-        self.pool, self.able = None, True
+        self.failed: set[str] = set()  # kinds that could not be recorded
+        self.pool, self.exact = None, False  # exact: batches are of one size, so nothing is padded
+        self.shared: list[Tensor] | None = None
 
-    def play(self, attack, net, z: Tensor, x: Tensor, y: Tensor, loss) -> Tensor:
+    def attack(self, attack, net, z: Tensor, x: Tensor, y: Tensor, loss) -> Tensor:
         """What `attack.climb(net, z, x, y, loss)` gives for rows [M*B, C, H, W], recorded where it can be."""
-        if not self.able or not _recordable(loss):
+        given = getattr(loss, "given", None)
+        # any other callable could hold tensors that a recording would keep as they were
+        if given is None and not getattr(loss, "stateless", False):
             return attack.climb(net, z, x, y, loss)
-        rows = padded(len(x) // net.models)
+
+        def climb(z: Tensor, x: Tensor, y: Tensor, *given: Tensor) -> Outcome:
+            return attack.climb(net, z.clone(), x, y, type(loss)(*given) if given else loss), []
+
+        key = attack, type(loss), loss if given is None else None
+        return self.play("attack", key, net, (z, x, y, *(given or ())), (), climb)[0]
+
+    def play(
+        self, kind: str, key: tuple, net, rows: Sequence[Tensor], others: Sequence[Tensor], compute: Callable[..., Outcome]
+    ) -> Outcome:
+        """What `compute(*rows, *others)` gives, recorded where it can be. Tensors in the outcome are good until the next call.
+
+        rows: [M*B, ...], padded in a recording, with zeros where there is one number a row; others: as they are. Apart from
+        them `compute` may read the network and what `kind` and `key` tell apart, and nothing else.
+        """
+        if kind in self.failed or "all" in self.failed:
+            return compute(*rows, *others)
+        count = len(rows[0]) // net.models
+        to = count if self.exact else padded(count)
         # a recording holds addresses and settings: with any other one it would play back something else
         where = tuple(t.data_ptr() for t in (*net.parameters(), *net.buffers()))
-        key = (attack, type(loss), loss if not hasattr(loss, "given") else None, rows, x.shape[1:], x.dtype, net.half, net.scale,
-               id(net.fast), where)
+        shapes = tuple((t.shape[1:], t.dtype) for t in rows), tuple((t.shape, t.dtype) for t in others)
+        key = (kind, *key, to, shapes, net.half, net.scale, net.training, where)
         recording = self.kept.get(key)
         if recording is None:
-            recording = self.kept[key] = _Recording(net.models, rows, z, x, y, loss)
+            recording = self.kept[key] = _Recording(net.models, to, rows, others)
         self.kept.move_to_end(key)
         while len(self.kept) > MOST:
             self.kept.popitem(last=False)
-        recording.take(z, x, y, loss)
-        # a copy of the rows asked about, as the next attack is played in the same place
-        out = self._moved(recording, attack, net).unflatten(0, (net.models, -1))[:, : len(x) // net.models]
-        return out.clone(memory_format=torch.contiguous_format).flatten(0, 1)
-
-    def _moved(self, recording: _Recording, attack, net) -> Tensor:
-        def again() -> Tensor:
-            given = recording.given
-            loss = recording.loss(*given) if given else recording.loss
-            return attack.climb(net, recording.z.clone(), recording.x, recording.y, loss)
-
-        if recording.play is None and recording.met and self.able:
-            try:
-                if self.pool is None:
-                    self.pool = new_pool()
-                recording.out, recording.play = recorded(again, self.pool, recording.x.device)
-            except torch.OutOfMemoryError:
+        try:
+            recording.take(rows, others)
+            own, whole = self._outcome(kind, recording, net, lambda: compute(*recording.rows, *recording.others))
+        except torch.OutOfMemoryError:
+            if not self.release():
                 raise
-            except RuntimeError as error:
-                self.able = False
-                reason = str(error).strip().split("\n")[0][:200]
-                told = f"the attack could not be recorded ({reason}); going on without, which is only slower"
-                warnings.warn(told, stacklevel=2)
+            return compute(*rows, *others)
+        # a copy of the rows asked about, as the next batch is computed in the same place
+        own = own.unflatten(0, (net.models, -1))[:, :count].clone(memory_format=torch.contiguous_format).flatten(0, 1)
+        return own, whole
+
+    def in_place(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors, copied to one place that all recordings share: a set of gradients for each would fill the card."""
+        if self.shared is None:
+            self.shared = [torch.empty_like(t) for t in tensors]
+        torch._foreach_copy_(self.shared, list(tensors))
+        return self.shared
+
+    def release(self) -> bool:
+        """Give back what recordings hold, and record no more; False where there was nothing to give back."""
+        held = any(recording.play is not None for recording in self.kept.values()) or self.pool is not None
+        self.kept.clear()
+        self.pool = None
+        if held and "all" not in self.failed:
+            self.failed.add("all")
+            warnings.warn("memory is short: recorded steps are given up, which is only slower", stacklevel=2)
+            gc.collect()
+            torch.cuda.empty_cache()
+        return held
+
+    def _outcome(self, kind: str, recording: _Recording, net, compute: Callable[[], Outcome]) -> Outcome:
+        if recording.play is None and recording.met and kind not in self.failed:
+            self._record(kind, recording, net, compute)
         recording.met = True
         if recording.play is None:
-            return again()  # the first time launch by launch: kernels are chosen and compiled then, which cannot be recorded
+            return compute()  # the first time launch by launch: kernels are chosen and compiled then, which cannot be recorded
         recording.play()
-        return recording.out
+        return recording.outcome
+
+    def _record(self, kind: str, recording: _Recording, net, compute: Callable[[], Outcome]) -> None:
+        statistics = [b.clone() for b in net.buffers()]
+
+        def put_back() -> None:
+            for buffer, before in zip(net.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+
+        try:
+            own, whole = compute()
+            wanted = [t.clone() for t in (own, *whole)]
+            put_back()
+            self.pool = new_pool() if self.pool is None else self.pool
+            recording.outcome, recording.play = recorded(compute, self.pool, recording.rows[0].device)
+            put_back()
+            recording.play()
+            put_back()
+            own, whole = recording.outcome
+            if not all(_alike(a, b) for a, b in zip((own, *whole), wanted, strict=True)):
+                raise RuntimeError("it gives something else than launches do")
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.failed.add(kind)
+            recording.play = None
+            put_back()
+            reason = str(error).strip().split("\n")[0][:200]
+            warnings.warn(f"the {kind} could not be recorded ({reason}); going on without, which is only slower", stacklevel=2)
 
 
 class _Recording:
-    """One attack with its own images, padded rows included, and what plays it."""
+    """What is computed for one number of rows: where its inputs are, what plays it and where the outcome is then."""
 
-    def __init__(self, models: int, rows: int, z: Tensor, x: Tensor, y: Tensor, loss) -> None:
-        self.models, self.met, self.play, self.out = models, False, None, None
-        self.z, self.x, self.y = (_padding(t, models, rows) for t in (z, x, y))
-        self.loss = type(loss) if hasattr(loss, "given") else loss
-        self.given = [_padding(t, models, rows) for t in getattr(loss, "given", ())]
+    def __init__(self, models: int, to: int, rows: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        self.models, self.met, self.play, self.outcome = models, False, None, None
+        self.rows = [torch.zeros(models * to, *t.shape[1:], dtype=t.dtype, device=t.device) for t in rows]
+        self.others = [torch.empty_like(t) for t in others]
 
-    def take(self, z: Tensor, x: Tensor, y: Tensor, loss) -> None:
-        """Put a batch where the recording looks for it. Padded rows keep what was there: nobody asks about them."""
-        for own, new in zip((self.z, self.x, self.y, *self.given), (z, x, y, *getattr(loss, "given", ())), strict=True):
-            new = new.unflatten(0, (self.models, -1))
-            own.unflatten(0, (self.models, -1))[:, : new.shape[1]].copy_(new)
+    def take(self, rows: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Put a batch where the recording looks for it. Padded images keep what was there: nobody asks about them."""
+        for own, new in zip(self.rows, rows, strict=True):
+            own, new = (t.unflatten(0, (self.models, -1)) for t in (own, new))
+            own[:, : new.shape[1]].copy_(new)
+            if own.ndim == 2:  # such as whether a row counts
+                own[:, new.shape[1] :].zero_()
+        for own, new in zip(self.others, others, strict=True):
+            own.copy_(new)
 
 
 def padded(rows: int) -> int:
-    """The number of rows that a batch is padded to: the next multiple of 4 to about a sixteenth of it.
+    """The number of rows that a batch is padded to: the next multiple of 8 to about an eighth of it, or a quarter.
 
-    >>> [padded(rows) for rows in (3, 50, 128, 139, 1024)]
-    [4, 52, 128, 144, 1024]
+    >>> [padded(rows) for rows in (3, 50, 64, 139, 1000)]
+    [8, 56, 64, 160, 1024]
     """
-    unit = max(4, 2 ** (rows.bit_length() - 5))
+    unit = max(8, 2 ** (rows.bit_length() - 3))
     return -(-rows // unit) * unit
 
 
-def recorded(compute: Callable[[], Tensor], pool, device) -> tuple[Tensor, Callable[[], None]]:
-    """(where the result of `compute` will be, what computes it again)."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        out = compute()
-    return out, graph.replay
+def recorded(compute: Callable[[], Outcome], pool, device) -> tuple[Outcome, Callable[[], None]]:
+    """(where the outcome of `compute` will be, what computes it again)."""
+    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what launches took before is for the recording now
+        stream = torch.cuda.Stream()
+        gc.disable()  # what it would free in the middle must not become part of the recording
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    outcome = compute()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        torch.cuda.current_stream().wait_stream(stream)
+    return outcome, graph.replay
 
 
 def new_pool():
@@ -108,10 +188,7 @@ def new_pool():
     return torch.cuda.graph_pool_handle()
 
 
-def _recordable(loss) -> bool:
-    # any other callable could hold tensors that a recording would keep as they were
-    return hasattr(loss, "given") or getattr(loss, "stateless", False)
-
-
-def _padding(t: Tensor, models: int, rows: int) -> Tensor:
-    return torch.zeros(models * rows, *t.shape[1:], dtype=t.dtype, device=t.device)
+def _alike(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two outcomes differ by what kernels may: the order of sums, and signs of slopes near 0."""
+    apart = (found - wanted).double().norm()
+    return bool(apart <= 0.02 * wanted.double().norm() + 1e-6) or not bool(wanted.isfinite().all())

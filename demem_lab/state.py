@@ -6,17 +6,18 @@ fewer models at once, or after something went wrong in its middle, and gives the
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from demem_lab.attacks import frozen, image_slope
 from demem_lab.live import Moment
-from demem_lab.mechanisms import Batch
-from demem_lab.objectives import PerSample
+from demem_lab.mechanisms import Batch, LossVariance, Mechanism, SelectiveDP
 from demem_lab.precision import Precision, Scaler
 from demem_lab.recipe import Job
-from demem_lab.sampling import kept_only
+from demem_lab.sampling import Poisson, kept_only
 from demem_lab.streams import Streams
 
 
@@ -34,6 +35,8 @@ class State:
         ).to(job.device, job.dtype)
         self.net.train()
         self.net.arranged_for(job.device)
+        if self.net.replays is not None:
+            self.net.replays.exact = not isinstance(job.recipe.sampler, Poisson)
         if job.compiled:
             self._compile()
         self.net.compute_in(job.recipe.precision.dtype)
@@ -70,13 +73,13 @@ class State:
         if not torch.equal(kept, valid):  # who has left costs nothing
             index, valid = kept_only(index, kept)
         batch = self._batch(index, valid)
-        seen, gradients = self._repeatable(batch)
+        losses, gradients = self._repeatable(batch)
         while self.scaler is not None and not self.scaler.accepts(gradients):
             self._put_back()
-            seen, gradients = self._repeatable(batch)
+            losses, gradients = self._repeatable(batch)
         self.consistent = False
         self.optimizer.apply(gradients, job.recipe.schedule(t, job.steps))
-        self._note(seen.adversarial_ce.detach().view_as(valid), index, valid, t // job.steps_per_epoch)
+        self._note(losses.view_as(valid), index, valid, t // job.steps_per_epoch)
         self.step, self.consistent = t + 1, True
 
     def _batch(self, index: Tensor, valid: Tensor) -> Batch:
@@ -86,15 +89,18 @@ class State:
             index, valid, float(job.recipe.sampler.batch_size), t, job.steps, noise, epoch=t // job.steps_per_epoch
         )
 
-    def _repeatable(self, batch: Batch) -> tuple[PerSample, list[Tensor]]:
-        """What the objective saw and the mechanism's update; `_put_back`, and it can be had again from the same streams."""
+    def _repeatable(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """What `_gradients` gives; `_put_back`, and it can be had again from the same streams."""
         self.statistics = [b.clone() for b in self.net.buffers()]
         try:
             return self._gradients(batch)
         except BaseException as error:
             self._put_back()
+            short = isinstance(error, torch.OutOfMemoryError)
+            if short and self.consistent and self.net.replays is not None and self.net.replays.release():
+                return self._gradients(batch)
             # whatever ran out of memory was thrown at one place, and all that was moved has been put back
-            self.consistent |= isinstance(error, torch.OutOfMemoryError)
+            self.consistent |= short
             raise
 
     def _put_back(self) -> None:
@@ -102,22 +108,52 @@ class State:
         for buffer, before in zip(self.net.buffers(), self.statistics, strict=True):
             buffer.copy_(before)
 
-    def _gradients(self, batch: Batch) -> tuple[PerSample, list[Tensor]]:
+    def _gradients(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Adversarial cross-entropies [M*B], and the mechanism's update."""
         job, flat, t = self.job, batch.index.flatten(), batch.step
         objective, mechanism = job.recipe.objective, self.mechanism
         streams = {"counts": batch.valid.sum(1).tolist(), "device": self.device}
         x, y = self.x[flat], self.y[flat]
         if job.recipe.augment is not None:
             x = job.recipe.augment(x, rng=Streams(job.seeds, "augment", t, **streams))
+        rng = Streams(job.seeds, "attack", t, **streams)
+        if self.net.replays is not None and recordable(objective, mechanism):
+            with torch.enable_grad():
+                return self._recorded(batch, x, y, rng)
         whole = {"counts": mechanism.counted(batch).flatten()} if getattr(objective, "shifts_weights", False) else {}
         self.consistent = not whole  # an interruption must not keep weights that were moved for a moment
         with torch.enable_grad(), self.net.recording(mechanism.per_sample):  # whatever the caller's mode is
-            seen = objective(self.net, x, y, flat, rng=Streams(job.seeds, "attack", t, **streams), **whole)
+            seen = objective(self.net, x, y, flat, rng=rng, **whole)
             try:
-                return seen, mechanism.update(self.net, seen, batch)
+                return seen.adversarial_ce.detach(), mechanism.update(self.net, seen, batch)
             finally:
                 if seen.undo is not None:
                     seen.undo()
+
+    def _recorded(self, batch: Batch, x: Tensor, y: Tensor, rng: Streams) -> tuple[Tensor, list[Tensor]]:
+        """The same in parts: what depends on the step, and the pass there and back, which depends on its inputs alone."""
+        net, objective, mechanism, models = self.net, self.job.recipe.objective, self.mechanism, self.models
+        rows = x, objective.move(net, x, y, rng), y, mechanism.takes_part(batch).flatten()
+        if not mechanism.per_sample:
+            def plain(x, moved, y, valid, weights):
+                seen = objective.losses(net, x, moved, y, y)
+                there = replace(batch, valid=valid.view(models, -1))
+                gradients = mechanism.descend(net, seen, there, weights.view(models, -1).to(seen.loss.dtype))
+                return seen.adversarial_ce.detach(), net.replays.in_place(gradients)
+
+            return net.replays.play("training pass", (), net, (*rows, mechanism.weights(batch).flatten()), (), plain)
+
+        def private(x, moved, y, valid, clipped, few=None):
+            with net.recording():
+                seen = objective.losses(net, x, moved, y, y)
+                sums = mechanism.sums(net, seen, valid.view(models, -1), clipped.view(models, -1), few)
+            return seen.adversarial_ce.detach(), net.replays.in_place(sums)
+
+        clipped = mechanism.clipped(batch)
+        few = mechanism.few(net, clipped)
+        others = () if few is None else (few,)
+        losses, sums = net.replays.play("training pass", (), net, (*rows, clipped.flatten()), others, private)
+        return losses, mechanism.noised(sums, batch)
 
     def _note(self, losses: Tensor, index: Tensor, valid: Tensor, epoch: int) -> None:
         self.loss_sum[:, epoch] += torch.where(valid, losses, 0).sum(1)
@@ -163,6 +199,15 @@ class State:
         if self.trace is not None:
             kept["trace"] = self.trace.cpu().numpy()
         return kept
+
+
+def recordable(objective, mechanism: Mechanism) -> bool:
+    """Whether the pass of a step depends on images, labels and a number for each row alone."""
+    kind = type(mechanism)
+    plain = kind.update is Mechanism.update and kind.penalty in (Mechanism.penalty, LossVariance.penalty)
+    private = kind.update is SelectiveDP.update and kind._factors is SelectiveDP._factors
+    for_each = any(isinstance(getattr(mechanism, f.name), (tuple, list)) for f in fields(mechanism))  # fetched from the CPU
+    return hasattr(objective, "move") and (plain or private) and not for_each
 
 
 def cut(arrays: dict[str, np.ndarray], rows: list[int], models: int) -> dict[str, np.ndarray]:

@@ -66,10 +66,9 @@ class ClipAfterAveraging(SelectiveDP):
 class BatchStatistic(SelectiveDP):
     """Everybody's gradient is scaled by how many protected samples were drawn, as a batch norm would."""
 
-    def _clip_factors(self, by_layer, batch, losses):
-        factors = super()._clip_factors(by_layer, batch, losses)
-        drawn = (self._is_protected(batch) & batch.valid).sum(1, keepdim=True)
-        return torch.where(self._is_protected(batch), factors, factors / (1 + drawn))
+    def _factors(self, by_layer, valid, clipped, rows, losses):
+        factors = super()._factors(by_layer, valid, clipped, rows, losses)
+        return torch.where(clipped, factors, factors / (1 + clipped.sum(1, keepdim=True)))
 
 
 @dataclass(frozen=True)

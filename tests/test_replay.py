@@ -4,15 +4,23 @@ Without a GPU a recording is pretended: it computes everything anew from the pla
 whatever it does not read from there is seen. With one, real graphs are compared with launches.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from pretend_gpu import played_again
+from pretend_gpu import played_again, pretend_gpu
 
-from demem_lab import replay
+from demem_lab import data, replay
 from demem_lab.attacks import PGD, cross_entropy, frozen, margin
+from demem_lab.budgets import BudgetedDP
+from demem_lab.mechanisms import DPSGD, DownWeight, Drop, LossVariance, Plain, SelectiveDP
 from demem_lab.models import MLP, ResNet18, SmallCNN
-from demem_lab.objectives import TRADES, _Away
+from demem_lab.objectives import AWP, PGDAT, TRADES, _Away
+from demem_lab.recipe import Job, Recipe
+from demem_lab.remedies import ClassVariance, ClippedRelease, GradedRelease, RelaxLoss
 from demem_lab.replay import Replays, padded
+from demem_lab.sampling import Poisson, Shuffled
+from demem_lab.state import State
 from demem_lab.streams import Streams
 
 REAL = torch.cuda.is_available()
@@ -21,7 +29,7 @@ ON = torch.device("cuda" if REAL else "cpu")
 
 @pytest.fixture(autouse=True)
 def recordings(monkeypatch):
-    """Counts of recordings made and played."""
+    """Counts of recordings made and played; each is played once more when it is made, to be compared."""
     made, real = {"made": 0, "played": 0}, replay.recorded
 
     def recorded(compute, pool, device):
@@ -65,12 +73,12 @@ def both(attack, net, x, y, **how):
 def test_images_are_the_same_for_batches_of_any_size(spec, models, loss, recordings):
     net, _ = network(spec, models, (3, 16, 16))
     net.replays, attack = Replays(), PGD(0.1, 3)
-    for seed, rows in enumerate((7, 5, 8, 6, 11, 9)):  # padded to 8 and to 12
+    for seed, rows in enumerate((7, 5, 8, 6, 11, 9)):  # padded to 8 and to 16
         x, y = batch(rows, models, (3, 16, 16), seed)
         found, plain = both(attack, net, x, y, loss=loss, rng=Streams(range(models), "attack", seed, device=ON))
         torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
         assert found.is_contiguous() and not found.requires_grad
-    assert recordings == {"made": 2, "played": 4} and len(net.replays.kept) == 2
+    assert recordings == {"made": 2, "played": 4 + 2} and len(net.replays.kept) == 2
 
 
 def test_l2_attacks_and_restarts_are_the_same():
@@ -110,7 +118,7 @@ def test_an_attack_on_the_clean_prediction_gets_each_batchs_own(recordings):
         kept, net.replays = net.replays, None
         torch.testing.assert_close(found, objective.move(net, x, y, rng), rtol=0, atol=1e-12)
         net.replays = kept
-    assert recordings == {"made": 1, "played": 3}
+    assert recordings == {"made": 1, "played": 3 + 1}
 
 
 def test_what_a_loss_holds_is_asked_for_before_it_is_recorded(recordings):
@@ -130,7 +138,7 @@ def test_settings_have_recordings_of_their_own(recordings):
     found = [attack(net, x, y) for _ in range(3) for attack in attacks]
     assert recordings["made"] == 3 and not torch.equal(found[6], found[7]) and not torch.equal(found[6], found[8])
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found[:3], found[6:], strict=True))
-    for number in range(30):
+    for number in range(40):
         PGD(0.1 + number / 100, 1)(net, x, y, start=x)
     assert len(net.replays.kept) == replay.MOST
 
@@ -153,22 +161,129 @@ def test_what_cannot_be_recorded_goes_on_without(monkeypatch):
     net, _ = network()
     net.replays, attack, (x, y) = Replays(), PGD(0.1, 3, random_start=False), batch(8)
     first = attack(net, x, y)
-    with pytest.warns(UserWarning, match="could not be recorded .operation not permitted when stream is capturing.; going on"):
+    with pytest.warns(UserWarning, match="the attack could not be recorded .operation not permitted when stream is captur"):
         assert torch.equal(first, attack(net, x, y))
-    assert torch.equal(first, attack(net, x, y)) and not net.replays.able
+    assert torch.equal(first, attack(net, x, y)) and net.replays.failed == {"attack"}
 
-    def full(*_):
-        raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(replay, "recorded", full)
-    net.replays = Replays()
-    attack(net, x, y)
+def test_short_memory_takes_recordings_back_first(monkeypatch):
+    net, _ = network()
+    net.replays, attack, (x, y) = Replays(), PGD(0.1, 3, random_start=False), batch(8)
+    first = attack(net, x, y)
+    with monkeypatch.context() as patched:
+        patched.setattr(replay, "recorded", _full)
+        with pytest.warns(UserWarning, match="memory is short: recorded steps are given up"):
+            assert torch.equal(first, attack(net, x, y))
+    assert torch.equal(first, attack(net, x, y)) and not net.replays.kept and net.replays.pool is None
+    monkeypatch.setattr(PGD, "climb", _full)  # with nothing to give back it is for the caller to do something
     with pytest.raises(torch.OutOfMemoryError):
         attack(net, x, y)
+
+
+def _full(*_):
+    raise torch.OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize("left", [3, 9])
+def test_a_full_card_goes_on_with_launches(left, monkeypatch):
+    plain = _Recorded(MLP((6,)), Plain(), (1, 8, 8), monkeypatch).state.net.state()
+    move, calls = PGDAT.move, []
+
+    def short(*arguments):  # something else than a recording finds no room
+        calls.append(1)
+        if len(calls) == left:
+            _full()
+        return move(*arguments)
+
+    monkeypatch.setattr(PGDAT, "move", short)
+    with pytest.warns(UserWarning, match="memory is short"):
+        found = _Recorded(MLP((6,)), Plain(), (1, 8, 8), monkeypatch)
+    assert found.state.net.replays.failed == {"all"} and len(calls) == 13
+    assert all(torch.allclose(plain[name], t, atol=1e-6) for name, t in found.state.net.state().items())
 
 
 def test_only_networks_on_a_card_record():
     net, _ = network()
     assert net.arranged_for("cpu").replays is None and net.arranged_for("cuda").replays is not None
     with frozen(net):
-        assert padded(1) == 4 and all(r <= padded(r) < r + max(4, r / 15 + 1) for r in range(1, 3000))
+        assert padded(1) == 8 and all(r <= padded(r) < r + max(8, r / 4 + 1) for r in range(1, 3000))
+
+
+def test_a_recording_that_gives_something_else_is_not_used(monkeypatch):
+    def stale(compute, pool, device):
+        own, whole = compute()
+        return (own + 0.1, whole), lambda: None
+
+    monkeypatch.setattr(replay, "recorded", stale)
+    net, _ = network()
+    net.replays, attack, (x, y) = Replays(), PGD(0.1, 3, random_start=False), batch(8)
+    first = attack(net, x, y)
+    with pytest.warns(UserWarning, match="could not be recorded .it gives something else than launches do.; going on"):
+        assert torch.equal(first, attack(net, x, y))
+
+
+class _Recorded:
+    """What a training on a card, real or pretended, recorded and played."""
+
+    def __init__(self, model, mechanism, shape, monkeypatch, models=1, **how):
+        self.kinds, outcome = [], Replays._outcome
+
+        def counted(replays, kind, recording, *rest):
+            found = outcome(replays, kind, recording, *rest)
+            self.kinds.append((kind, recording.play is not None))
+            return found
+
+        x = torch.rand(24, *shape, generator=torch.Generator().manual_seed(0))
+        toy = data.Dataset("toy", x, torch.arange(24) % 4, tuple("abcd"), "random numbers", 0.1)
+        recipe = Recipe(model, how.pop("objective", PGDAT(PGD(0.1, 2))), mechanism, **{"sampler": Poisson(6), "epochs": 6, **how})
+        monkeypatch.setattr(Replays, "_outcome", counted)
+        with nullcontext() if REAL else pretend_gpu():
+            self.state = State(Job(
+                toy, data.member_masks(24, 2, seed=0)[:models], recipe, (1, 2)[:models], torch.device("cuda"), False,
+                torch.float32, 12.0,
+            ))
+            for _ in range(12):
+                self.state.advance()
+
+    def played(self, kind):
+        return sum(play for name, play in self.kinds if name == kind)
+
+
+TENTH = torch.arange(24) % 4 == 0
+RECORDED = {
+    "Plain": Plain(), "LossVariance": LossVariance(0.2), "Drop": Drop(TENTH), "DownWeight": DownWeight(TENTH, 0.3),
+    "GradedRelease": GradedRelease(torch.linspace(0.2, 1, 24)), "SelectiveDP": SelectiveDP(0.1, 1.0, TENTH), "DPSGD": DPSGD(0.1),
+    "BudgetedDP": BudgetedDP(0.1, 1.0, TENTH, allowed=torch.full((24,), 9)),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_whose_training_pass_is_recorded(name, monkeypatch):
+    found = _Recorded(MLP((6,)), RECORDED[name], (1, 8, 8), monkeypatch)
+    assert found.played("attack") > 6 and found.played("training pass") > 6
+    assert not found.state.net.replays.failed
+
+
+@pytest.mark.parametrize("mechanism", [ClassVariance(), RelaxLoss(), ClippedRelease(torch.ones(24)), LossVariance((0.1, 0.2))])
+def test_whose_is_not(mechanism, monkeypatch):
+    found = _Recorded(MLP((6,)), mechanism, (1, 8, 8), monkeypatch, models=2)
+    assert found.played("attack") > 6 and found.played("training pass") == 0
+
+
+def test_an_objective_that_moves_weights_is_not_recorded(monkeypatch):
+    found = _Recorded(MLP((6,)), Plain(), (1, 8, 8), monkeypatch, objective=AWP(PGDAT(PGD(0.1, 2))))
+    assert found.played("attack") > 6 and found.played("training pass") == 0
+
+
+def test_batches_of_one_size_are_not_padded(monkeypatch):
+    found = _Recorded(
+        ResNet18(width=4, norm="batch"), Plain(), (3, 16, 16), monkeypatch, sampler=Shuffled(6),
+    )
+    assert found.played("training pass") == 11 and all(len(r.rows[0]) == 6 for r in found.state.net.replays.kept.values())
+
+
+def test_gradients_of_all_recordings_share_one_place(monkeypatch):
+    found = _Recorded(MLP((6,)), Plain(), (1, 8, 8), monkeypatch)
+    replays = found.state.net.replays
+    several = [r.outcome[1] for k, r in replays.kept.items() if k[0] == "training pass" and r.outcome]
+    assert several and all(g is s for whole in several for g, s in zip(whole, replays.shared, strict=True))
