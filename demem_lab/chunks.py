@@ -172,7 +172,8 @@ def _seconds_a_model_step(job: Job, size: int) -> float:
     times = []
     try:
         state = State(job.part(list(range(size))))
-        for _ in range(min(4, job.steps)):  # the first one warms up
+        # the first one warms up; on a GPU those follow in which steps are recorded, for batches of a few sizes (`replay`)
+        for _ in range(min(12 if job.device.type == "cuda" else 4, job.steps)):
             start = clock()
             state.advance()
             if job.device.type == "cuda":

@@ -21,6 +21,8 @@ from demem_lab.streams import Streams
 from demem_lab.training import Ensemble, Recipe
 from demem_lab.validate import integer
 
+LARGE = 1_000_000  # parameters of a model
+
 
 def outputs(
     ensemble: Ensemble, dataset: Dataset, *, attack: PGD | None = None, loss: Loss = cross_entropy,
@@ -35,10 +37,12 @@ def outputs(
     each model is asked about (default all); the other rows are NaN. block: samples asked about at once. executor: as in
     `train`; store: where its workers read the images, which every chunk carries otherwise. Models that do not fit into memory
     together are asked one after the other; MemoryError when one does not. stop: once set (by another thread),
-    KeyboardInterrupt. chunk: models asked at once; large ones are fastest one by one on a GPU. compiled: as in `train`.
+    KeyboardInterrupt. chunk: models asked at once (default: up to 16; large ones one by one on a GPU). compiled: as in `train`.
     """
     on = farm.device(device) if executor is None else farm.device_of(executor, device)
     per_chunk = 16 if executor is not None else min(16, -(-ensemble.models // farm.workers(on)))  # more only costs memory here
+    if on.type == "cuda" and sum(t[0].numel() for t in ensemble.parameters.values()) >= LARGE:
+        per_chunk = 1  # channels last and own kernels, which models side by side do not have
     per_chunk = per_chunk if chunk is None else integer("chunk", chunk, low=1)
     questions = []
     images = dataset

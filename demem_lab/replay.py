@@ -113,7 +113,6 @@ class Replays:
         try:
             own, whole = compute()
             wanted = [t.clone() for t in (own, *whole)]
-            put_back()
             self.pool = new_pool() if self.pool is None else self.pool
             recording.outcome, recording.play = recorded(compute, self.pool, recording.rows[0].device)
             put_back()

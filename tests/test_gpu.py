@@ -11,7 +11,7 @@ import pytest
 import torch
 from pretend_gpu import pretend_gpu
 
-from demem_lab import data, doctor, estimate, pairs, protocol
+from demem_lab import data, doctor, estimate, pairs, protocol, queries
 from demem_lab.attacks import PGD, robust_accuracy
 from demem_lab.chunks import ChunkHalved
 from demem_lab.experiment import profile
@@ -162,6 +162,18 @@ def test_everything_that_is_asked_of_trained_models(ensemble):
         }
 
     on_both(asked, atol=1e-5)
+
+
+@pytest.mark.parametrize(("large", "chunk", "wanted"), [(1, None, [1, 1]), (10**9, None, [2]), (1, 2, [2]), (10**9, 1, [1, 1])])
+def test_how_many_models_are_asked_at_once(ensemble, monkeypatch, large, chunk, wanted):
+    asked, answer = [], queries._answer
+    monkeypatch.setattr(queries, "LARGE", large)
+    monkeypatch.setattr(queries, "_answer", lambda q, stop: (asked.append(q.ensemble.models), answer(q, stop))[1])
+    with card():
+        found = outputs(ensemble, toy(), device="cuda", chunk=chunk)
+    assert asked == wanted and np.allclose(found, outputs(ensemble, toy(), device="cpu"), atol=1e-5)
+    with pytest.raises(ValueError, match="chunk"):
+        outputs(ensemble, toy(), device="cpu", chunk=0)
 
 
 def test_somebodys_own_model():

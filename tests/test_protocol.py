@@ -352,3 +352,11 @@ def test_provenance_is_that_of_the_machine_that_computed(store, monkeypatch):
     found = [run(small, arms=("none",), store=store, progress=False, executor=e).provenance for e in (Elsewhere(), None)]
     assert found[0]["processor"] == "the worker's processor" and found[0]["cores"] == 77
     assert found[1]["cores"] == farm.workers("cpu") and list(found[0]) == list(found[1])
+
+
+def test_warm_up_comes_before_either_schedule():
+    for decay_at in (0, 0.75):
+        plain, warm = (replace(SMALL, decay_at=decay_at, warm_up=share).recipe().schedule for share in (0.0, 0.2))
+        assert [warm(t, 20) for t in range(3, 20)] == [plain(t, 20) for t in range(3, 20)] and warm(0, 20) == plain(0, 20) / 4
+    with pytest.raises(ValueError, match="warm_up"):
+        replace(SMALL, warm_up=1.2)

@@ -134,6 +134,11 @@ def test_what_a_loss_holds_is_asked_for_before_it_is_recorded(recordings):
 def test_settings_have_recordings_of_their_own(recordings):
     net, _ = network()
     net.replays, (x, y) = Replays(), batch(8)
+    for loss in (cross_entropy, margin) * 3:
+        found, plain = both(PGD(0.1, 3, random_start=False), net, x, y, loss=loss)
+        assert torch.equal(found, plain)
+    assert recordings.pop("made") == 2
+    recordings["made"], net.replays = 0, Replays()
     attacks = [PGD(0.1, 3, random_start=False), PGD(0.1, 4, random_start=False), PGD(0.2, 3, random_start=False)]
     found = [attack(net, x, y) for _ in range(3) for attack in attacks]
     assert recordings["made"] == 3 and not torch.equal(found[6], found[7]) and not torch.equal(found[6], found[8])
