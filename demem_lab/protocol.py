@@ -180,9 +180,8 @@ def run(
 
     device: "auto" is the CPU for digits, also where a GPU is, and else a GPU where there is one (or the executor's workers'
     device). save: a file that is written anew after each arm. executor: where chunks of models are trained and asked, as in
-    `training.train`; the store must be on a file system that its workers see. chunk, compiled: as there, for training and
-    queries (compiled networks are not recorded as well, see `replay`). Raises ValueError for an
-    unknown arm, and for a file that would lose arms or is something else, before anything is trained.
+    `training.train`; the store must be on a file system that its workers see. chunk, compiled: as there, for queries too.
+    Raises ValueError for an unknown arm, and for a file that would lose arms or is something else, before anything is trained.
     """
     instance("protocol", protocol, Protocol, example="PROFILES['smoke']")
     treatments = arms_of(protocol)

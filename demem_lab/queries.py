@@ -93,6 +93,8 @@ def _logits(question: _Question, stop) -> np.ndarray:
     ensemble, dataset, on, asked = question.ensemble, question.dataset, question.device, question.asked
     dataset = dataset.load() if isinstance(dataset, Deposited) else dataset
     net = ensemble.network(device=on)
+    if net.replays is not None:
+        net.replays.exact = bool(asked.all())  # else blocks have many sizes
     if question.compiled:
         few = dataset.x[:2].to(on).repeat(ensemble.models, 1, 1, 1)
         with frozen(net):

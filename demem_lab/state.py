@@ -204,8 +204,9 @@ class State:
 def recordable(objective, mechanism: Mechanism) -> bool:
     """Whether the pass of a step depends on images, labels and a number for each row alone."""
     kind = type(mechanism)
-    plain = kind.update is Mechanism.update and kind.penalty in (Mechanism.penalty, LossVariance.penalty)
-    private = kind.update is SelectiveDP.update and kind._factors is SelectiveDP._factors
+    penalty = kind.penalty in (Mechanism.penalty, LossVariance.penalty)  # others may read the step, or wait for the card
+    plain = penalty and kind.update is Mechanism.update and kind.descend is Mechanism.descend
+    private = all(getattr(kind, name, None) is getattr(SelectiveDP, name) for name in ("update", "sums", "_factors"))
     for_each = any(isinstance(getattr(mechanism, f.name), (tuple, list)) for f in fields(mechanism))  # fetched from the CPU
     return hasattr(objective, "move") and (plain or private) and not for_each
 

@@ -106,8 +106,9 @@ def train(
     the workers' device. The store must be on a file system that all of them see: a killed worker then loses at most
     `checkpoint_seconds` of one chunk, and images are read from there. Without a store every chunk carries them.
     deterministic: two runs on a GPU give the same bits, and are slower (on a CPU they do anyway). compiled: let torch.compile
-    fuse the network's passes; up to a minute at first, other roundings. watch: told of every step (not of those an executor
-    takes), and able to stop. On a CPU torch computes with one thread from here on (`farm.one_thread_each` says why).
+    fuse the network's passes (only the attack's where per-sample norms are taken); a minute or two at first, other roundings,
+    and nothing is recorded (`replay`). watch: told of every step (not of those an executor takes), and able to stop. On a CPU
+    torch computes with one thread from here on (`farm.one_thread_each` says why).
     Raises ValueError for masks, flags, seeds, devices or batch sizes that do not fit, MemoryError when not even one model fits
     (chunks that do not are halved, with a ChunkHalved warning), farm.ExecutorDied when the executor stops working.
     """
