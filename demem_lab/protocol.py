@@ -36,7 +36,7 @@ from demem_lab.precision import Precision, resolve
 from demem_lab.remedies import GradedRelease, release_schedule
 from demem_lab.results import Results, measure
 from demem_lab.sampling import Poisson, Shuffled
-from demem_lab.store import Store
+from demem_lab.store import Store, installed
 from demem_lab.streams import key, model_seeds
 from demem_lab.training import Recipe
 from demem_lab.validate import choice, finite, instance, integer
@@ -278,7 +278,7 @@ def _tables(
     recipe = replace(recipe, precision=resolve(recipe.precision, on))  # kept results say what it was
     config = {
         "data": dataset.fingerprint, "recipe": recipe, "members": members, "seeds": tuple(seeds), "query": protocol.query,
-        "device": on.type, "delta": protocol.delta,
+        "device": on.type, "delta": protocol.delta, "accountant": installed("dp-accounting"),
     }
 
     def compute():

@@ -228,18 +228,19 @@ def code_version(modules: tuple[str, ...]) -> str:
     """Digest of the source of these demem_lab modules and of torch's version."""
     folder = Path(__file__).parent
     parts = [(folder / f"{name}.py").read_bytes() for name in modules]
-    return hashlib.sha256(b"".join([*parts, _torch_version().encode()])).hexdigest()[:16]
+    return hashlib.sha256(b"".join([*parts, installed("torch").encode()])).hexdigest()[:16]
 
 
-def _torch_version() -> str:
+def installed(package: str) -> str:
+    """The version of a package that is installed, or "none"."""
     try:
-        return importlib.metadata.version("torch")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
 
 
 def _versions() -> dict[str, str]:
-    return {"torch": _torch_version(), "numpy": np.__version__}
+    return {"torch": installed("torch"), "numpy": np.__version__}
 
 
 def _write(path: Path, content: bytes) -> None:

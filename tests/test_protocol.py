@@ -360,3 +360,12 @@ def test_warm_up_comes_before_either_schedule():
         assert [warm(t, 20) for t in range(3, 20)] == [plain(t, 20) for t in range(3, 20)] and warm(0, 20) == plain(0, 20) / 4
     with pytest.raises(ValueError, match="warm_up"):
         replace(SMALL, warm_up=1.2)
+
+
+def test_what_is_promised_is_computed_anew_by_another_accountant(done, monkeypatch):
+    results, store, _ = done
+    monkeypatch.setattr(protocol.queries, "outputs", lambda *a, **k: 1 / 0)
+    assert run(SMALL, arms=("none",), store=store, progress=False).arms["none"] == results.arms["none"]
+    monkeypatch.setattr(protocol, "installed", lambda package: f"another {package}")
+    with pytest.raises(ZeroDivisionError):
+        run(SMALL, arms=("none",), store=store, progress=False)

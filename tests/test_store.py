@@ -248,7 +248,7 @@ def test_code_version_follows_the_source_of_the_named_modules(tmp_path, monkeypa
     first = version(one="a = 1", two="b = 2", other="c = 3")
     assert version(other="c = 4") == first != version(two="b = 3") != version(one="a = 2")
     assert version(one="a = 1", two="b = 2") == first
-    monkeypatch.setattr(module, "_torch_version", lambda: "0.0")
+    monkeypatch.setattr(module, "installed", lambda package: "0.0")
     assert version() != first
     code_version.cache_clear()
 
