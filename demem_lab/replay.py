@@ -189,5 +189,5 @@ def new_pool():
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:
     """Whether two outcomes differ by what kernels may: the order of sums, and signs of slopes near 0."""
-    apart = (found - wanted).double().norm()
-    return bool(apart <= 0.02 * wanted.double().norm() + 1e-6) or not bool(wanted.isfinite().all())
+    apart, size = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (found - wanted, wanted))
+    return bool(apart <= 0.02 * size + 1e-6) or not bool(size.isfinite())

@@ -79,7 +79,14 @@ def test_slow_steps_are_timed_on_few_models_and_slower_ones_on_few_images(lab, m
 
 def test_the_probe_runs_and_leaves_the_store_alone(lab):
     assert 0 < step_seconds(lab, 0.05) < 60 and lab.store.count() == 0
-    assert estimate.slowness() > 0
+
+
+@pytest.mark.parametrize("times", [0.5, 1.0, 3.0])
+def test_slowness_is_the_lessons_step_against_the_tours(monkeypatch, times):
+    asked = []
+    monkeypatch.setattr(estimate, "step_seconds", lambda lab: asked.append(lab) or times * STEP)
+    assert estimate.slowness() == pytest.approx(times)
+    assert (asked[0].device, asked[0].dataset.name) == ("cpu", "digits")
 
 
 def test_the_lines_say_what_is_used_and_what_is_kept(lab, monkeypatch):
