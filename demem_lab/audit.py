@@ -22,8 +22,8 @@ import scipy  # its stats take half a second, and load when first asked for
 from demem_lab import __version__
 from demem_lab.accounting import NoGuarantee
 from demem_lab.empirical import one_run_bound
+from demem_lab.guarantees import Guarantee
 from demem_lab.leakage import MIN_FALSE_POSITIVES, by_group, canaries, evaluate, held_out_accuracy, reliably_found
-from demem_lab.mechanisms import Guarantee
 from demem_lab.membership import by_class, lira, rmia, twins
 from demem_lab.outputs import Outputs, outputs_from_arrays
 from demem_lab.report import AuditReport

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from demem_lab.accounting import Budget, NoGuarantee, budget
-from demem_lab.mechanisms import Batch, Guarantee, SelectiveDP, look_up
+from demem_lab.guarantees import Guarantee
+from demem_lab.mechanisms import Batch, SelectiveDP, look_up
 from demem_lab.validate import finite, integer
 
 PRIVATE = "individual budgets chosen from the data, which are private themselves"

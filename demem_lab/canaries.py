@@ -22,8 +22,9 @@ from torch import Tensor
 
 from demem_lab.accounting import bound
 from demem_lab.empirical import LowerBound, clopper_pearson_bound, one_run_bound
+from demem_lab.guarantees import Guarantee
 from demem_lab.layers import Linear
-from demem_lab.mechanisms import Batch, Guarantee, Mechanism
+from demem_lab.mechanisms import Batch, Mechanism
 from demem_lab.networks import Network
 from demem_lab.objectives import PerSample
 from demem_lab.sampling import Poisson

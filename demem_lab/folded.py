@@ -68,7 +68,7 @@ class Folded:
 
 @dataclass(frozen=True)
 class Normed:
-    """A convolution of ONE model with its group normalisation, on a GPU in 16 bits; weight [outputs, inputs, k, k]."""
+    """A convolution of ONE model with its group normalisation, on a GPU; weight [outputs, inputs, k, k]."""
 
     weight: Tensor
     stride: int

@@ -41,7 +41,7 @@ from demem_lab.streams import key, model_seeds
 from demem_lab.training import Recipe
 from demem_lab.validate import choice, finite, instance, integer
 
-MODULES = (*training.MODULES, "queries", "protocol", "accounting")  # what is promised is kept with the numbers
+MODULES = (*training.MODULES, "queries", "protocol", "accounting", "guarantees")  # what is promised is kept with the numbers
 OBJECTIVES = ("natural", "pgd-at", "trades", "awp", "trades-awp")
 
 

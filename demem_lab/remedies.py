@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from demem_lab.accounting import NoGuarantee
-from demem_lab.mechanisms import Batch, Guarantee, Mechanism, SelectiveDP, Setting
+from demem_lab.guarantees import Guarantee
+from demem_lab.mechanisms import Batch, Mechanism, SelectiveDP, Setting
 from demem_lab.objectives import PerSample
 from demem_lab.validate import finite
 

@@ -151,7 +151,7 @@ class _Recording:
 
 
 def padded(rows: int) -> int:
-    """The number of rows that a batch is padded to: the next multiple of 8 to about an eighth of it, or a quarter.
+    """The number of rows that a batch is padded to: the next multiple of 8, or of an eighth to a quarter of it.
 
     >>> [padded(rows) for rows in (3, 50, 64, 139, 1000)]
     [8, 56, 64, 160, 1024]

@@ -133,6 +133,7 @@ class State:
     def _recorded(self, batch: Batch, x: Tensor, y: Tensor, rng: Streams) -> tuple[Tensor, list[Tensor]]:
         """The same in parts: what depends on the step, and the pass there and back, which depends on its inputs alone."""
         net, objective, mechanism, models = self.net, self.job.recipe.objective, self.mechanism, self.models
+        # neither losses nor updates read which sample a row is, so `y` stands for `index` below
         rows = x, objective.move(net, x, y, rng), y, mechanism.takes_part(batch).flatten()
         if not mechanism.per_sample:
             def plain(x, moved, y, valid, weights):

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from demem_lab.mechanisms import Guarantee
+from demem_lab.guarantees import Guarantee
 from demem_lab.membership import lira
 from demem_lab.signals import logit_margin
 

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from demem_lab import farm
 from demem_lab.chunks import CHECKPOINT_SECONDS, Room, Task, chunk_size, train_chunk, train_elsewhere
 from demem_lab.data import Dataset, Deposited
+from demem_lab.guarantees import Guarantee
 from demem_lab.live import Watch
-from demem_lab.mechanisms import Guarantee
 from demem_lab.networks import Network
 from demem_lab.precision import Precision, resolve
 from demem_lab.recipe import MODULES, Job, Recipe, check

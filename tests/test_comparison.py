@@ -11,8 +11,8 @@ from demem_lab.accounting import NoGuarantee
 from demem_lab.comparison import Comparison, compare, finest_fpr, measure, merge, spell, verdict
 from demem_lab.data import member_masks
 from demem_lab.experiment import Run
+from demem_lab.guarantees import Guarantee
 from demem_lab.leakage import Interval
-from demem_lab.mechanisms import Guarantee
 
 N, M, K = 120, 6, 3
 

@@ -1,0 +1,47 @@
+"""What a trained model promises whom, on which conditions, in words that can stand alone.
+
+>>> print(Guarantee(NoGuarantee("Plain adds no calibrated noise"), 0, 100, "fixed", ()))
+no guarantee: Plain adds no calibrated noise
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from demem_lab.accounting import Budget, NoGuarantee, bound
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What is promised to each single protected sample by ONE released model, and on which conditions.
+
+    Models add up: who publishes several that were trained on the same person's data has spent as many budgets. The noise
+    comes from a seed, so that results can be repeated; who knows the seed can subtract it, so a real release keeps it secret.
+    """
+
+    budget: Budget | NoGuarantee
+    protected: int  # how many samples it holds for
+    n: int
+    selection: str  # how the protected set came about: "fixed", "public" or "from_data"
+    not_accounted: tuple[str, ...] = ("learning rates tuned on the same data",)
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is any (epsilon, delta) to speak of."""
+        return isinstance(self.budget, Budget) and self.protected > 0
+
+    def __str__(self) -> str:
+        if not self.holds:
+            reason = self.budget.reason if isinstance(self.budget, NoGuarantee) else "nobody is protected"
+            return f"no guarantee: {reason}"
+        b = self.budget
+        who = "all samples" if self.protected == self.n else f"the {self.protected:,} protected of {self.n:,} samples"
+        text = (
+            f"({bound(b.epsilon)}, {b.delta:.3g})-DP for each single one of {who} (add/remove, {b.accountant})"
+            f"{'' if self.protected == self.n else '; none for the other samples'}"
+        )
+        if self.selection == "from_data" and self.protected < self.n:
+            text += "; given the set; end to end: none"
+        if b.delta * self.n >= 1:
+            text += f"; delta is not below 1/{self.n:,}: publishing one sample at random would pass"
+        return f"{text}; not accounted: {', '.join(self.not_accounted)}"
