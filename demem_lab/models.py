@@ -227,18 +227,22 @@ class _Residual(Network):
     @torch.no_grad()
     def prepare(self) -> list[list[Folded | Normed]] | None:
         """The stem, then each block's convolutions, with their normalisation; None where autograd is to do it."""
-        dtype, (first, *_) = self.half or self.out.weight.dtype, self.stem_norm.weight.shape
-        private = isinstance(self.stem_norm, GroupNorm)
-        empty = torch.empty(1, self.stem_norm.channels, 1, 1, dtype=dtype, device=self.stem.weight.device)
-        if self.training or (private and not (first == 1 and self.channels_last and kernels.able(empty, self.stem_norm.groups))):
+        dtype, by_group = self.half or self.out.weight.dtype, isinstance(self.stem_norm, GroupNorm)
+        if self.training or (by_group and not self._in_kernels(dtype)):
             return None
         pairs = [[(self.stem, self.stem_norm)]]
         for block in self.blocks:
             short = [] if block.short is None else [(block.short, block.short_norm)]
             pairs.append([(block.conv1, block.norm1), (block.conv2, block.norm2), *short])
-        if private:
+        if by_group:
             return [[Normed.of(conv, norm, dtype) for conv, norm in some] for some in pairs]
         return [[Folded.of(conv, norm, dtype, channels_last=self.channels_last) for conv, norm in some] for some in pairs]
+
+    def _in_kernels(self, dtype: torch.dtype) -> bool:
+        """Whether group normalisation has kernels for this network."""
+        norm = self.stem_norm
+        like = torch.empty(1, norm.channels, 1, 1, dtype=dtype, device=norm.weight.device)
+        return self.models == 1 and self.channels_last and kernels.able(like, norm.groups)
 
     @torch.no_grad()
     def by_hand(self, x: Tensor, slope_of: Callable[[Tensor], Tensor]) -> Tensor | None:

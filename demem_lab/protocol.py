@@ -174,14 +174,14 @@ def treated(protocol: Protocol, score: np.ndarray) -> torch.Tensor:
 def run(
     protocol: Protocol, *, arms: Sequence[str] = (), store: Store | None = None, root: str | Path | None = None,
     download: bool = False, device: str = "auto", progress: bool = True, save: str | Path | None = None,
-    executor: Executor | None = None, chunk: int | None = None, compiled: bool = False,
+    executor: Executor | None = None, chunk: int | None = None,
 ) -> Results:
     """Train and measure arms (all by default); what is in the store is not computed again.
 
     device: "auto" is the CPU for digits, also where a GPU is, and else a GPU where there is one (or the executor's workers'
     device). save: a file that is written anew after each arm. executor: where chunks of models are trained and asked, as in
-    `training.train`; the store must be on a file system that its workers see. chunk, compiled: as there, for queries too.
-    Raises ValueError for an unknown arm, and for a file that would lose arms or is something else, before anything is trained.
+    `training.train`; the store must be on a file system that its workers see. chunk: as there, for queries too. Raises
+    ValueError for an unknown arm, and for a file that would lose arms or is something else, before anything is trained.
     """
     instance("protocol", protocol, Protocol, example="PROFILES['smoke']")
     treatments = arms_of(protocol)
@@ -199,7 +199,7 @@ def run(
     store, dataset = store or Store(), protocol.load(root, download=download)
     device = farm.suited(device, dataset.name)
     began, seconds, machine = time.time(), 0.0, None
-    how = {"device": device, "progress": progress, "executor": executor, "compiled": compiled}
+    how = {"device": device, "progress": progress, "executor": executor}
     score = risk_score(protocol, dataset, store=store, **how)
     members = data.member_masks(dataset.n, protocol.models, seed=key(protocol.seed, "members") % 2**31)
     seeds = model_seeds(protocol.seed, protocol.models)
@@ -221,11 +221,11 @@ def run(
 
 def risk_score(
     protocol: Protocol, dataset: Dataset, *, store: Store, device: str = "auto", progress: bool = False,
-    executor: Executor | None = None, compiled: bool = False,
+    executor: Executor | None = None,
 ) -> np.ndarray:
     """[N] mean adversarial loss of each sample in the first epochs of ONE plain run that trains on everybody.
 
-    device, executor and compiled as in `run`.
+    device and executor as in `run`.
     """
     epochs = protocol.scoring_epochs
     everybody = torch.ones(1, dataset.n, dtype=torch.bool)
@@ -234,7 +234,6 @@ def risk_score(
     scored = training.train(
         dataset, everybody, recipe, seeds=(key(protocol.seed, "scoring"),), store=store, trace=True,
         device=farm.suited(device, dataset.name), progress=progress, label="risk score", executor=executor,
-        compiled=compiled,
     )
     return risk.early_loss(scored.trace, epochs=epochs)
 
@@ -271,7 +270,7 @@ def tune(
 
 def _tables(
     protocol, dataset, members, seeds, recipe: Recipe, name, store: Store, *, device: str, progress: bool, executor=None,
-    chunk: int | None = None, compiled: bool = False,
+    chunk: int | None = None,
 ):
     """(tables, guarantee in words, seconds it took when it was computed) of one arm, through the store."""
     on = farm.device(device) if executor is None else farm.device_of(executor, device)
@@ -284,11 +283,11 @@ def _tables(
     def compute():
         ensemble = training.train(
             dataset, members, recipe, seeds=seeds, store=store, device=device, progress=progress, label=name,
-            executor=executor, chunk=chunk, compiled=compiled,
+            executor=executor, chunk=chunk,
         )
         meta = {"guarantee": str(ensemble.guarantee(delta=protocol.delta))}
         ask = partial(
-            queries.outputs, ensemble, dataset, device=device, executor=executor, store=store, chunk=chunk, compiled=compiled,
+            queries.outputs, ensemble, dataset, device=device, executor=executor, store=store, chunk=chunk,
             block=1000 if chunk == 1 else 300,
         )
         return _query(ask, dataset.y.numpy(), protocol.query), meta

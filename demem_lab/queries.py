@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from demem_lab import farm
-from demem_lab.attacks import PGD, Loss, cross_entropy, frozen, image_slope
+from demem_lab.attacks import PGD, Loss, cross_entropy, frozen
 from demem_lab.data import Dataset, Deposited
 from demem_lab.store import Store
 from demem_lab.streams import Streams
@@ -28,7 +28,6 @@ def outputs(
     ensemble: Ensemble, dataset: Dataset, *, attack: PGD | None = None, loss: Loss = cross_entropy,
     device: str = "auto", block: int = 300, only: np.ndarray | None = None, executor: Executor | None = None,
     store: Store | None = None, stop: threading.Event | None = None, chunk: int | None = None,
-    compiled: bool = False,
 ) -> np.ndarray:
     """Logits [M, N, K] float32 of every model on every sample, clean or on that model's own adversarial examples.
 
@@ -37,7 +36,7 @@ def outputs(
     each model is asked about (default all); the other rows are NaN. block: samples asked about at once. executor: as in
     `train`; store: where its workers read the images, which every chunk carries otherwise. Models that do not fit into memory
     together are asked one after the other; MemoryError when one does not. stop: once set (by another thread),
-    KeyboardInterrupt. chunk: models asked at once (default: up to 16; large ones one by one on a GPU). compiled: as in `train`.
+    KeyboardInterrupt. chunk: models asked at once (default: up to 16; large ones one by one on a GPU).
     """
     on = farm.device(device) if executor is None else farm.device_of(executor, device)
     per_chunk = 16 if executor is not None else min(16, -(-ensemble.models // farm.workers(on)))  # more only costs memory here
@@ -53,7 +52,7 @@ def outputs(
         asked = np.ones((len(rows), dataset.n), dtype=bool) if only is None else np.asarray(only, dtype=bool)[rows]
         # settings, losses and traces do not change an answer, and need not travel
         few = replace(ensemble.part(rows), recipe=Recipe(model=ensemble.recipe.model), trace=None)
-        questions.append(_Question(few, images, attack, loss, on, block, asked, compiled))
+        questions.append(_Question(few, images, attack, loss, on, block, asked))
     how = {"at_once": farm.workers(on), "executor": executor, "stop": stop, "fix": "ask another one"}
     return np.concatenate(farm.run(_answer, questions, **how))
 
@@ -67,7 +66,6 @@ class _Question:
     device: torch.device
     block: int
     asked: np.ndarray  # bool [M, N]
-    compiled: bool = False
 
 
 def _answer(question: _Question, stop) -> np.ndarray:
@@ -95,10 +93,6 @@ def _logits(question: _Question, stop) -> np.ndarray:
     net = ensemble.network(device=on)
     if net.replays is not None:
         net.replays.exact = bool(asked.all())  # else blocks have many sizes
-    if question.compiled:
-        few = dataset.x[:2].to(on).repeat(ensemble.models, 1, 1, 1)
-        with frozen(net):
-            net.compile_body(lambda: image_slope(net, few, dataset.y[:2].to(on).repeat(ensemble.models)))
     out = np.full((ensemble.models, dataset.n, ensemble.classes), np.nan, dtype=np.float32)
     for start in range(0, dataset.n, question.block):
         if stop is not None and stop.is_set():
