@@ -113,15 +113,18 @@ class Linear(Layer):
 
 
 class Conv(Layer):
-    """'Same' convolution, [B, M*inputs, H, W] -> [B, M*outputs, H', W']; weight [M, outputs, inputs, kernel, kernel]."""
+    """'Same' convolution, [B, M*inputs, H, W] -> [B, M*outputs, H', W']; weight [M, outputs, inputs, kernel, kernel].
+
+    `gain` scales the initial weights.
+    """
 
     costly = True
 
     def __init__(
-        self, models: int, inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, bias: bool = True
+        self, models: int, inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, bias: bool = True, gain: float = 1.0
     ) -> None:
         super().__init__(models)
-        self.inputs, self.outputs, self.kernel, self.stride = inputs, outputs, kernel, stride
+        self.inputs, self.outputs, self.kernel, self.stride, self.gain = inputs, outputs, kernel, stride, gain
         self.weight = nn.Parameter(torch.empty(models, outputs, inputs, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(models, outputs)) if bias else None
 
@@ -133,7 +136,8 @@ class Conv(Layer):
     def initialise(self, streams: Streams) -> None:
         with torch.no_grad():
             fan_in = self.inputs * self.kernel**2
-            self.weight.copy_(streams.normal(self.outputs * fan_in).view_as(self.weight) * math.sqrt(2 / fan_in))
+            flat = streams.normal(self.outputs * fan_in)
+            self.weight.copy_(flat.view_as(self.weight) * (self.gain * math.sqrt(2 / fan_in)))  # He et al. 2015
             if self.bias is not None:
                 self.bias.zero_()
 

@@ -35,6 +35,10 @@ OUT_GAIN = 0.1
 # With group normalisation each block starts as little more than its shortcut (Goyal et al. 2017, arXiv 1706.02677, start at 0
 # with batch normalisation): otherwise the first epochs of training only undo the start.
 BLOCK_GAIN = 0.2
+# Normalisation undoes the size of the weights before it, but large weights turn slowly. With torch's own first weights, a
+# 1/sqrt(6) of He's, ResNet-18 learns as fast as a loop in plain torch; with He's it lags a third of the steps behind, and with
+# group normalisation at 8/255 it stays at chance (benchmarks/independent.py). SmallCNN's rates are tuned to He's.
+NORMED_GAIN = 6**-0.5
 
 
 @dataclass(frozen=True)
@@ -194,12 +198,12 @@ class _Convolutional(Network):
 class _Block(nn.Module):
     def __init__(self, models: int, inputs: int, outputs: int, stride: int, norm) -> None:
         super().__init__()
-        self.conv1, self.norm1 = Conv(models, inputs, outputs, stride=stride, bias=False), norm(models, outputs)
-        self.conv2, self.norm2 = Conv(models, outputs, outputs, bias=False), norm(models, outputs)
+        self.conv1, self.norm1 = _conv(models, inputs, outputs, stride=stride), norm(models, outputs)
+        self.conv2, self.norm2 = _conv(models, outputs, outputs), norm(models, outputs)
         self.norm2.start = BLOCK_GAIN if isinstance(self.norm2, GroupNorm) else 1.0
         self.short = None
         if stride != 1 or inputs != outputs:
-            self.short = Conv(models, inputs, outputs, kernel=1, stride=stride, bias=False)
+            self.short = _conv(models, inputs, outputs, kernel=1, stride=stride)
             self.short_norm = norm(models, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,7 +215,7 @@ class _Residual(Network):
     def __init__(self, spec: ResNet18, models: int, shape: Sequence[int], classes: int) -> None:
         super().__init__(models, spec.mean, spec.std)
         w, norm = spec.width, _norm(spec)
-        self.stem, self.stem_norm = Conv(models, shape[0], w, bias=False), norm(models, w)
+        self.stem, self.stem_norm = _conv(models, shape[0], w), norm(models, w)
         blocks, inputs = [], w
         for outputs, stride in ((w, 1), (w, 1), (2 * w, 2), (2 * w, 1), (4 * w, 2), (4 * w, 1), (8 * w, 2), (8 * w, 1)):
             blocks.append(_Block(models, inputs, outputs, stride, norm))
@@ -278,11 +282,11 @@ class _Residual(Network):
 class _WideBlock(nn.Module):
     def __init__(self, models: int, inputs: int, outputs: int, stride: int, norm) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(models, inputs), Conv(models, inputs, outputs, stride=stride, bias=False)
-        self.norm2, self.conv2 = norm(models, outputs), Conv(models, outputs, outputs, bias=False)
+        self.norm1, self.conv1 = norm(models, inputs), _conv(models, inputs, outputs, stride=stride)
+        self.norm2, self.conv2 = norm(models, outputs), _conv(models, outputs, outputs)
         self.short = None
         if inputs != outputs:
-            self.short = Conv(models, inputs, outputs, kernel=1, stride=stride, bias=False)
+            self.short = _conv(models, inputs, outputs, kernel=1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.norm1(x))
@@ -294,7 +298,7 @@ class _Wide(Network):
     def __init__(self, spec: WideResNet, models: int, shape: Sequence[int], classes: int) -> None:
         super().__init__(models, spec.mean, spec.std)
         norm, inputs, blocks = _norm(spec), 16, []
-        self.stem = Conv(models, shape[0], inputs, bias=False)
+        self.stem = _conv(models, shape[0], inputs)
         for group in range(3):
             outputs = 16 * 2**group * spec.widen
             for number in range((spec.depth - 4) // 6):
@@ -313,7 +317,7 @@ class _Pairs(Network):
         super().__init__(models, spec.mean, spec.std)
         w, norm = spec.width, _norm(spec)
         channels = (shape[0], w, w, 2 * w, 2 * w, 4 * w, 4 * w)
-        self.conv = nn.ModuleList(Conv(models, a, b, bias=False) for a, b in itertools.pairwise(channels))
+        self.conv = nn.ModuleList(_conv(models, a, b) for a, b in itertools.pairwise(channels))
         self.norm = nn.ModuleList(norm(models, b) for b in channels[1:])
         self.out = Linear(models, 4 * w * (shape[1] // 8) * (shape[2] // 8), classes, gain=OUT_GAIN)
 
@@ -323,6 +327,11 @@ class _Pairs(Network):
             h = F.relu(norm(conv(h)))
             h = F.max_pool2d(h, 2) if number % 2 else h
         return self.out(h.unflatten(1, (self.models, -1)).transpose(0, 1).flatten(2)).flatten(0, 1)
+
+
+def _conv(models: int, inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> Conv:
+    """A convolution that a normalisation follows, so without a bias."""
+    return Conv(models, inputs, outputs, kernel=kernel, stride=stride, bias=False, gain=NORMED_GAIN)
 
 
 def _norm(spec):
