@@ -13,7 +13,7 @@ tour: .venv/.tour  ## run notebooks 00 to 05 headless; report in runs/tour/index
 	$(BIN)/demem-lab tour
 
 lab: .venv/.tour  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_start_here.ipynb  # so that links to README and METHODS work
 
 doctor: .venv/.tour  ## is this machine ready? a line for each thing, with its fix
 	@$(BIN)/demem-lab doctor

@@ -137,7 +137,7 @@ class Contest:
         return runs
 
     def budgets(self, name: str, noise: float, lr: float) -> list[Run]:
-        """Noise for everybody and a budget each, the smallest for the riskiest: release with a guarantee."""
+        """Noise for everybody and a budget each, the smallest for the riskiest: release with a promise, given the budgets."""
         lab = self.lab
         plain = lab.run("none", seed=lab.seeds[0])
         settings = {"noise_multiplier": noise, "sampling_rate": plain.sampling_rate, "delta": lab.delta, "most": plain.steps}

@@ -7,7 +7,8 @@ Selective privacy gives all protected samples the same epsilon. Here each has it
 EVERY step, drawn or not, with what the mechanism could reveal about it at the clipping bound, and takes no further part
 once the next charge would exceed its budget (a Renyi filter; Feldman & Zrnic 2021, arXiv 2008.11193). Charged at the
 bound, the filter is a limit on steps that is known in advance and looks at nothing but the budget. Give the riskiest the
-smallest budgets, and it is graded release with a promise.
+smallest budgets, and it is graded release with a promise, given the budgets: these are then a choice made from everybody's
+data, which no noise covers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class BudgetedDP(SelectiveDP):
 
     allowed: int64 [N] or [M, N], from `steps_within`; entries of unprotected samples are not read. The noise goes on until
     the last of the protected has left: who has left is fixed by the budgets, so its end says nothing about the batches.
-    Allowed everything, this is SelectiveDP; allowed nothing, it is Drop.
+    selection: how set AND budgets came about; the promise covers that choice only for "fixed" and "public" ones. Allowed
+    everything, this is SelectiveDP; allowed nothing, it is Drop.
     """
 
     allowed: Tensor | None = None
@@ -66,7 +68,7 @@ class BudgetedDP(SelectiveDP):
         allowed = self._allowed_to_protected()
         longest = int((allowed[model] if allowed.ndim == 2 else allowed).max())
         promised = super().guarantee(steps=min(steps, longest), model=model, **settings)
-        return replace(promised, not_accounted=(*promised.not_accounted, PRIVATE))
+        return replace(promised, not_accounted=(*promised.not_accounted, PRIVATE), budgets=True)
 
     def spent(self, *, sampling_rate: float, steps: int, delta: float, model: int = 0) -> dict[int, Budget | NoGuarantee]:
         """{steps a protected sample took part in: what it spent}. Not for publication: who spent what is information itself."""

@@ -37,7 +37,7 @@ app = typer.Typer(help="Robust models leak: measure it, and protect those at ris
 @app.command("run")
 def run_command(
     notebooks: Annotated[list[str], typer.Argument(help="paths, or numbers such as 05")],
-    profile: Annotated[str, typer.Option(help="smoke, lesson or full")] = "",
+    profile: Annotated[str, typer.Option(help="smoke, lesson or full; for 08 also paper")] = "",
     p: Annotated[list[str] | None, typer.Option("-p", help="name=value, may be repeated")] = None,
     out: Annotated[Path, typer.Option(help="folder for the executed notebooks and index.html")] = Path("runs/run"),
     timeout: Annotated[int, typer.Option(help="seconds that one cell may take; 0: as long as it likes", min=0)] = 0,

@@ -212,7 +212,8 @@ def _torchvision(name: str, root: str | Path | None, download: bool, split: str)
     folder = root or os.environ.get("DEMEM_DATA")
     if not folder:
         raise FileNotFoundError(
-            f"{name} needs a folder for its files: set DEMEM_DATA or pass root=..., and download=True the first time"
+            f"{name} needs a folder for its files: set DEMEM_DATA or pass root=... (in a notebook data_root), and "
+            "download=True the first time"
         )
     loader = getattr(known_sets, known.loader)
     part = {"split": split} if name == "svhn" else {"train": split == "train"}

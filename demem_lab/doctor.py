@@ -79,7 +79,7 @@ def python(have: tuple[int, ...] = tuple(sys.version_info[:3])) -> Check:
 
 
 def requirements() -> tuple[list[str], dict[str, list[str]]]:
-    """What the installed package needs ("torch>=2.6"), and its optional extras except the tests'; empty if not installed."""
+    """What the installed package needs ("torch>=2.6"), and the extras that a notebook uses; empty if not installed."""
     try:
         lines = importlib.metadata.requires("demem_lab") or []
     except importlib.metadata.PackageNotFoundError:
@@ -90,7 +90,7 @@ def requirements() -> tuple[list[str], dict[str, list[str]]]:
         belongs = re.search(r"extra == ['\"](.*?)['\"]", condition)
         if belongs is None:
             required.append(name.strip())
-        elif belongs[1] != "test":
+        elif belongs[1] == "attacks":  # the others are for developers, and for whoever has a cluster
             extras.setdefault(belongs[1], []).append(name.strip())
     return required, extras
 

@@ -152,8 +152,10 @@ def _carried(notebook: str, ratio: float) -> tuple[float, float]:
 
 def _lines(notebook: str, took: tuple[float, float], what: str) -> str:
     first, again = map(spell, took)
-    later = f" the first time, about {again} when its results are kept" if first != again else ""
-    return f"{notebook}: about {first} on this machine{later}\n{what}"
+    if first == again:
+        return f"{notebook}: about {first} on this machine\n{what}"
+    before = "the first time (the notebooks before it have run)"
+    return f"{notebook}: about {first} on this machine {before}, about {again} when its results are kept\n{what}"
 
 
 def _kept(store: Store, dataset: Dataset) -> str:

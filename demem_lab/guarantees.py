@@ -24,6 +24,7 @@ class Guarantee:
     n: int
     selection: str  # how the protected set came about: "fixed", "public" or "from_data"
     not_accounted: tuple[str, ...] = ("learning rates tuned on the same data",)
+    budgets: bool = False  # whether each sample has its own budget, which came about in the same way as the set
 
     @property
     def holds(self) -> bool:
@@ -40,8 +41,9 @@ class Guarantee:
             f"({bound(b.epsilon)}, {b.delta:.3g})-DP for each single one of {who} (add/remove, {b.accountant})"
             f"{'' if self.protected == self.n else '; none for the other samples'}"
         )
-        if self.selection == "from_data" and self.protected < self.n:
-            text += "; given the set; end to end: none"
+        given = ["the set"] * (self.protected < self.n) + ["the budgets"] * self.budgets
+        if self.selection == "from_data" and given:
+            text += f"; given {' and '.join(given)}; end to end: none"
         if b.delta * self.n >= 1:
             text += f"; delta is not below 1/{self.n:,}: publishing one sample at random would pass"
         return f"{text}; not accounted: {', '.join(self.not_accounted)}"

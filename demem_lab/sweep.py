@@ -200,7 +200,8 @@ def recommend(
 
     Groups: all, high risk, rest. ONE setting is chosen, on the plane's seed; it is then trained at all seeds of `lab`, and
     only those other than the plane's judge it, so nothing was picked by what judges. It holds when each group's one-sided
-    95 % limit over those seeds is at most `target` (all must pass, so no correction is needed).
+    95 % limit over those seeds is at most `target` (all must pass, so no correction is needed). Leak is what the threshold
+    finds: of hard samples it finds more than the false positive rate, members or not, and a lower target is never met.
     """
     finite("target", target, low=0, high=1)
     held_out = [seed for seed in lab.seeds if seed != plane.seed]
@@ -269,7 +270,8 @@ def onion(
 
     Ends when no tenth by the NEW risk leaks more than `target` (mean over seeds), when everybody is protected, or after
     `max_layers`. Each seed's risk is scored from the other seeds' models of the same step. The learning rate stays that of
-    plain training, also when everybody is protected. Source: the privacy onion, Carlini et al. 2022 (arXiv 2206.10469).
+    plain training, also when everybody is protected. Leak as in `recommend`. Source: the privacy onion, Carlini et al. 2022
+    (arXiv 2206.10469).
     """
     finite("target", target, low=0, high=1)
     finite("layer", layer, low=1 / lab.dataset.n, high=1)

@@ -130,7 +130,11 @@ def test_the_guarantee_is_that_of_the_longest_serving(flags):
     terms = {"sampling_rate": 0.1, "delta": 1e-4}
     found = mechanism.guarantee(steps=500, n=len(flags), **terms)
     assert found.budget == budget(noise_multiplier=1.2, steps=longest, **terms) and found.protected == int(flags.sum())
-    assert PRIVATE in str(found) and "given the set; end to end: none" in str(found)
+    assert PRIVATE in str(found) and "given the set and the budgets; end to end: none" in str(found)
+    everybody = replace(mechanism, protected=None).guarantee(steps=500, n=len(flags), **terms)
+    assert "all samples" in str(everybody) and "given the budgets; end to end: none" in str(everybody)
+    public = replace(mechanism, protected=None, selection="public").guarantee(steps=500, n=len(flags), **terms)
+    assert "end to end" not in str(public)
     spent = mechanism.spent(steps=500, **terms)
     assert set(spent) == set(allowed[flags].tolist()) and max(b.epsilon for b in spent.values()) == found.budget.epsilon
     assert not mechanism.guarantee(steps=500, n=len(flags), poisson=False, **terms).holds

@@ -266,6 +266,43 @@ def test_groups_of_a_kept_result_have_intervals(done):
     assert results.interval("none", "RMIA: AUC", "at risk").mean == pytest.approx(np.mean(values))
 
 
+def hand_made():
+    def arm(lira, rmia):
+        named = {"LiRA": lira, "RMIA": rmia}
+        return {f"{a}: {what}": values for a, metrics in named.items() for what, values in metrics.items()}
+
+    none = arm(
+        {"found at 10 %": [0.3, 0.5], "found at 1 %": [0.1, 0.3]}, {"found at 10 %": [0.1, 0.1], "found at 1 %": [0.2, 0.1]}
+    )
+    none |= arm(
+        {"found at 1 %, rest": [0.0, 0.1], "accused at 1 %, rest": [0.02, 0.02]},
+        {"found at 1 %, rest": [0.3, 0.1], "accused at 1 %, rest": [0.05, 0.0]},
+    )
+    return Results({}, {"none": none | {"robust accuracy": [0.5, 0.7]}}, {"none": "no guarantee"}, {})
+
+
+def test_without_an_attacks_name_the_stronger_one_speaks_for_each_group():
+    results = hand_made()
+    assert results.stronger("none", "1 %") == "LiRA" and results.stronger("none", "1 %", "rest") == "RMIA"
+    assert results.values("none", "found at 1 %") == [0.1, 0.3]  # 0.2 in the mean, RMIA 0.15
+    assert results.values("none", "found at 1 %, rest") == results.values("none", "found at 1 %", "rest") == [0.3, 0.1]
+    assert results.values("none", "accused at 1 %, rest") == [0.05, 0.0]  # of the attack that finds more, not the larger one
+    assert results.values("none", "robust accuracy") == [0.5, 0.7]
+    assert results.interval("none", "RMIA: found at 10 %").mean == pytest.approx(0.1)
+    assert results.beyond("none", "RMIA", "1 %", "rest") == pytest.approx([0.25, 0.1])
+    table = results.to_frame(["found at 1 %", "found at 1 %, at risk", "robust accuracy"])
+    assert table["found at 1 %"].iloc[0].startswith("20.0 ±") and table["found at 1 %, at risk"].iloc[0] == "not resolved"
+
+
+def test_the_rate_to_look_at_is_resolved():
+    results = hand_made()
+    assert results.rate == "1 %"
+    coarse = {m: v for m, v in results.arms["none"].items() if "1 %" not in m}
+    assert replace(results, arms={"none": coarse}).rate == "10 %"
+    with pytest.raises(ValueError, match="take more images"):
+        _ = replace(results, arms={"none": {"robust accuracy": [0.5]}}).rate
+
+
 def test_kept_results_say_where_they_come_from():
     for name, results in kept().items():
         assert name == name.lower() and results.provenance["commit"] != "unknown"
