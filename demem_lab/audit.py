@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import scipy  # its stats take half a second, and load when first asked for
 
 from demem_lab import __version__
@@ -38,8 +39,14 @@ SHADOW_ATTACKS = ("lira_online", "lira_offline", "rmia")
 ATTACKS = (*SIGNALS, "label_robustness", *SHADOW_ATTACKS)
 OFFLINE_A = 0.3  # RMIA's constant where in-references are lacking: what its authors use for CIFAR-10
 RELIABLE = 0.9
+GROUP_SHARES = {  # `by_group`'s columns as the report names them
+    "found": "found", "low (pooled)": "low", "high (pooled)": "high", "accused": "accused",
+    "accused low (pooled)": "accused_low", "accused high (pooled)": "accused_high", "auc": "auc",
+}
 ONE_TARGET = "Clopper-Pearson over the members of one target, the uncertainty of the threshold included"
 UNKNOWN = "none known: outputs do not say how a model was trained"
+EVERY = slice(None)  # all models, without a copy
+Score = Callable[[np.ndarray | slice], np.ndarray]  # some models -> scores [m, N], with those models as the only references
 
 
 def audit(
@@ -88,42 +95,47 @@ def audit(
     shown = tuple(f for f in fprs if f not in unresolved)
     classes = _classes_covered(outputs, skipped)
     measured, curves, best, fixed = {}, {}, None, None
-    for attack_name, query, scores in _scores(outputs, graded, skipped):
+    for attack_name, query, score in _attacks(outputs, graded, skipped):
+        scores = score(EVERY)
         entry, curve = _measure(scores, member, y, shown, prior, attack_name in SIGNALS and classes)
         measured.setdefault(attack_name, {})[query] = entry
         curves[f"{attack_name} / {query}"] = curve
         rate = entry["tpr_at_fpr"][f"{shown[-1]:g}"]["estimate"]
         if best is None or rate > best[0]:
             best = rate, attack_name, query, scores
-        place = (attack_name == "lira_online", query == "combined", attack_name == "loss", query == "adversarial")
+        by_kind = (attack_name == "lira_online", attack_name == "lira_offline", attack_name == "loss")
+        place = (*by_kind, query == "combined", query == "adversarial")
         if fixed is None or place > fixed[0]:
-            fixed = place, attack_name, query, scores
-    _, attack_name, query, scores = best
-    rows = _groups(outputs, scores, shown[-1], groups or {}, skipped)
+            fixed = place, attack_name, query, scores, score
+    _, *chosen, chosen_scores, score = fixed
+    rows = _groups(outputs, chosen_scores, score, shown[-1], groups or {}, skipped)
     for row in rows:
-        row |= {"attack": attack_name, "query": query, "fpr": shown[-1]}
+        row |= {"attack": chosen[0], "query": chosen[1], "fpr": shown[-1]}
+    _, attack_name, query, scores = best
     return AuditReport(
         name=name or outputs.source, attacks=measured, utility=_utility(outputs), robustness=_robustness(outputs) | robustness,
         groups=rows, canaries={} if planted is None else canaries(scores, member, planted, fpr=shown[-1]),
         guarantee=_promised(guarantee), reliable=_reliable(scores, member, attack_name, query, shown[-1], skipped),
-        empirical=_empirical(*fixed[1:], member, delta, independent_coins, skipped), skipped=skipped, curves=curves,
+        empirical=_empirical(*chosen, chosen_scores, member, delta, independent_coins, skipped),
+        skipped=skipped, curves=curves,
         obtained=_obtained(outputs, shown, prior) | how, warnings=[*outputs.warnings, *notes],
     )
 
 
-def _scores(outputs: Outputs, graded: np.ndarray | None, skipped: dict[str, str]) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(attack, query, scores [M, N]) of every attack that these outputs allow; one at a time, to save memory."""
+def _attacks(outputs: Outputs, graded: np.ndarray | None, skipped: dict[str, str]) -> Iterator[tuple[str, str, Score]]:
+    """(attack, query, how it scores) of every attack that these outputs allow; scored one at a time, to save memory."""
     y, member = outputs.labels, outputs.membership
     tables = {"clean": outputs.logits} | ({} if outputs.adv_logits is None else {"adversarial": outputs.adv_logits})
     if outputs.adv_logits is None:
         skipped["adversarial queries"] = "no outputs on adversarial inputs were given; robust models leak more to those"
     for query, table in tables.items():
         for name, signal in SIGNALS.items():
-            yield name, query, signal(table, y)
-        if query == "adversarial":
-            yield "label_robustness", query, label_robustness([outputs.logits, table], y) if graded is None else graded
+            yield name, query, lambda some, signal=signal, table=table: signal(table[some], y)
+        if query == "adversarial" and graded is not None:
+            yield "label_robustness", query, lambda some: graded[some]
         else:
-            yield "label_robustness", query, label_robustness([table], y)
+            asked = list(tables.values()) if query == "adversarial" else [table]
+            yield "label_robustness", query, lambda some, asked=asked: label_robustness([t[some] for t in asked], y)
     without, inside = (_no_shadows(member, who, side) for who, side in ((~member, "without"), (member, "with")))
     if without:
         skipped["LiRA and RMIA"] = without
@@ -131,14 +143,15 @@ def _scores(outputs: Outputs, graded: np.ndarray | None, skipped: dict[str, str]
     if inside:
         skipped["LiRA online and RMIA online"] = f"{inside}; the offline attacks stand in for them"
     margins = {query: logit_margin(table, y) for query, table in tables.items()}
+    a = OFFLINE_A if inside else None
     for query, table in tables.items():
         if not inside:
-            yield "lira_online", query, lira(margins[query], member)
-        yield "lira_offline", query, lira(margins[query], member, online=False)
-        yield "rmia", query, rmia(confidence(table, y), member, offline_a=OFFLINE_A if inside else None)
+            yield "lira_online", query, lambda some, x=margins[query]: lira(x[some], member[some])
+        yield "lira_offline", query, lambda some, x=margins[query]: lira(x[some], member[some], online=False)
+        yield "rmia", query, lambda some, table=table: rmia(confidence(table[some], y), member[some], offline_a=a)
     if len(tables) > 1:
-        yield f"lira_{'offline' if inside else 'online'}", "combined", lira(
-            np.stack(list(margins.values())), member, online=not inside
+        yield f"lira_{'offline' if inside else 'online'}", "combined", lambda some: lira(
+            np.stack([x[some] for x in margins.values()]), member[some], online=not inside
         )
 
 
@@ -190,16 +203,22 @@ def _measure(scores, member, y, fprs, prior: float, classes: bool) -> tuple[dict
     return entry, {"fpr": grid.tolist(), "tpr": curve.tolist()}
 
 
-def _groups(outputs: Outputs, scores: np.ndarray, fpr: float, given: Mapping[str, np.ndarray], skipped) -> list[dict]:
-    """Who is found by the strongest attack: by class, by the groups given, and by risk where it can be scored apart."""
+def _groups(
+    outputs: Outputs, scores: np.ndarray, score: Score, fpr: float, given: Mapping[str, np.ndarray], skipped: dict[str, str]
+) -> list[dict]:
+    """Who is found: by class, by the groups given, and by risk where it can be scored apart.
+
+    scores [M, N]: those of `score` for every model. As for the bound on epsilon, the attack is fixed by kind (LiRA if there is
+    one, else the loss): the one that came out best found members by luck as well, who would look like a leak of their group.
+    """
     member, rows = outputs.membership, []
 
     def add(kind: str, scores, member, groups) -> None:
         table = by_group(scores, member, groups, fpr=fpr)
         for group, row in table.iterrows():
-            rows.append({
-                "kind": kind, "group": str(group), "members": int(row["members"]), "auc": float(row["auc"]),
-                "found": float(row["found"]), "low": float(row["low (pooled)"]), "high": float(row["high (pooled)"]),
+            shares = {name: row[column] for column, name in GROUP_SHARES.items()}
+            rows.append({"kind": kind, "group": str(group), "members": int(row["members"])} | {
+                name: None if pd.isna(share) else float(share) for name, share in shares.items()
             })
 
     add("class", scores, member, outputs.labels)
@@ -207,18 +226,26 @@ def _groups(outputs: Outputs, scores: np.ndarray, fpr: float, given: Mapping[str
         add("group", scores, member, given)
     half = _two_halves(member)
     if half is None:
-        skipped["groups by risk"] = "risk is scored on other models than those attacked: that takes 8, in complementary halves"
+        skipped["groups by risk"] = (
+            "risk is scored on one half of the models, and the other half attacked with none but its own as shadow models: "
+            "that takes 8, in complementary halves"
+        )
     else:
         table = outputs.logits if outputs.adv_logits is None else outputs.adv_logits
         tenth = deciles(memorization(confidence(table[half], outputs.labels), member[half]).score)
-        add("risk (scored on the other half of the models)", scores[~half], member[~half], {
+        # scored anew: scores that lean on the models that chose a tenth find there the noise that it was chosen by
+        add("risk (scored on the other half of the models)", score(~half), member[~half], {
             f"tenth {g + 1}": tenth == g for g in range(10)
         })
     return rows
 
 
 def _two_halves(member: np.ndarray) -> np.ndarray | None:
-    """bool [M]: half of the models, twins together, so that each half has every sample on both sides; None if impossible."""
+    """bool [M]: half of the models, twins together, so that each half has every sample on both sides; None if impossible.
+
+    From 8 models on each half has two pairs at least: every target has a reference with and one without each sample, beside
+    itself and its twin, which is the least that `lira` and `rmia` take.
+    """
     other = twins(member)
     if len(member) < 8 or (other < 0).any():
         return None

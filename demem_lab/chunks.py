@@ -177,7 +177,7 @@ def _seconds_a_model_step(job: Job, size: int) -> float:
             start = clock()
             state.advance()
             if job.device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.current_stream(job.device).synchronize()
             times.append(clock() - start)
     except torch.OutOfMemoryError:
         times = [math.inf]

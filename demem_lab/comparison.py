@@ -74,7 +74,9 @@ def measure(run: Run, groups: Mapping[str, np.ndarray] | None = None, *, fpr: fl
             out[name, "leak"] = out[name, f"leak {stronger}"]
             if np.isfinite(found[stronger].accused).all():
                 out[name, "accused"] = float(found[stronger].accused.mean())
-        out[name, "auc"] = max(float(leakage.auc.mean()) for leakage in found.values())
+        areas = [float(leakage.auc.mean()) for leakage in found.values()]
+        if np.isfinite(areas).all():
+            out[name, "auc"] = max(areas)
     return out
 
 

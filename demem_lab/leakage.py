@@ -99,7 +99,8 @@ def evaluate(
 
     Thresholds are global: they come from ALL non-members of the model, also for a subset. Such a threshold may accuse the
     subset's non-members more often than others: `tpr` of a subset says something about membership only where it exceeds
-    `accused`. One sort a model. Raises ValueError for rates outside [0, 1] and for a subset of indices.
+    `accused`. `auc` compares the subset's members with its own non-members (NaN without any). One sort a model. Raises
+    ValueError for rates outside [0, 1] and for a subset of indices.
     """
     scores, member = _checked(scores, member)
     fprs, subset = _rates(fprs), True if subset is None else _flags("subset", subset, member, each=True)
@@ -109,7 +110,8 @@ def evaluate(
     auc, tpr, accused, balanced, steps = [], [], [], [], []
     for s, m, chosen, own in zip(scores, member, inside, beside, strict=True):
         true, false, accusing = _steps(s, chosen, ~m, own)
-        auc.append(((true[1:] + true[:-1]) / 2 * np.diff(false)).sum() / (true[-1] * false[-1]))
+        rows = (true[1:] + true[:-1]) / 2 * np.diff(accusing)
+        auc.append(rows.sum() / (true[-1] * accusing[-1]) if accusing[-1] else np.nan)
         # the last step with at most fpr * n false positives; ties are one step, so nobody is accused by halves
         at = [np.searchsorted(false, np.floor(f * false[-1] + 1e-9), side="right") - 1 for f in fprs]
         tpr.append(true[at] / true[-1])
@@ -167,15 +169,21 @@ def held_out_accuracy(
 def by_group(
     scores: np.ndarray, member: np.ndarray, groups: Mapping[str, np.ndarray] | np.ndarray, *, fpr: float
 ) -> pd.DataFrame:
-    """One row a group: members found at the one global threshold, with Clopper-Pearson limits, and the AUC.
+    """One row a group: members found and non-members accused at the one global threshold, each with its limits, and the AUC.
 
-    groups: name -> bool [N], or labels [N] for one group a class. Members of all targets are pooled for the limits, so
-    they are too narrow where targets share samples (said in the column's name), and they take the threshold as given.
+    groups: name -> bool [N], or labels [N] for one group a class. "accused" is the share of the group's own non-members beyond
+    the threshold, which is what guessing finds there: where scores scatter more it is above `fpr`, though nothing leaks. Each
+    is judged by the others' threshold, as members are, so that without a leak both shares are alike on average. Samples of
+    all targets are pooled for the Clopper-Pearson limits, so they are too narrow where targets share samples (said in the
+    column's name), and they take the threshold as given. "auc" sets members against the group's own non-members, in the mean
+    over the targets that have both; without non-members there is neither an AUC nor a share accused.
     Thresholds of their own, chosen on the group's non-members, only where fpr is at least 10 %: elsewhere a group has too few.
     """
     scores, member = _checked(scores, member)
     if not isinstance(groups, Mapping):
         groups = {str(label): np.asarray(groups) == label for label in np.unique(groups)}
+    (fpr,) = _rates((fpr,))
+    resolved, beyond = fpr * (~member).sum(1).min() >= MIN_FALSE_POSITIVES, _beyond(scores, member, fpr)
     rows = {}
     for name, inside in groups.items():
         inside = np.asarray(inside, dtype=bool)
@@ -183,17 +191,16 @@ def by_group(
             raise ValueError(f"group {name!r} must be bool [{member.shape[1]}], got shape {list(inside.shape)}")
         if not (member & inside).any(1).all():
             continue
-        found = evaluate(scores, member, fprs=(fpr,), subset=inside)
-        trials = int(found.members.sum())
-        pooled = proportion(round(float((found.tpr[:, 0] * found.members).sum())), trials)
-        shown = bool(found.resolved[0])
-        rows[name] = {
-            "members": trials, "found": pooled.mean if shown else None, "low (pooled)": pooled.low if shown else None,
-            "high (pooled)": pooled.high if shown else None, "auc": float(found.auc.mean()),
-        }
-        if fpr >= 0.1 and (~member & inside).any(1).all():
-            own = evaluate(scores[:, inside], member[:, inside], fprs=(fpr,))
-            rows[name]["found at its own threshold"] = own.tpr_at(fpr)
+        row = rows[name] = {"members": int((member & inside).sum())}
+        for what, limit, who in (("found", "", member & inside), ("accused", "accused ", ~member & inside)):
+            shown = resolved and who.any()
+            pooled = proportion(int((beyond & who).sum()), int(who.sum())) if shown else Interval(None, None, None, 0)
+            row |= {what: pooled.mean, f"{limit}low (pooled)": pooled.low, f"{limit}high (pooled)": pooled.high}
+        both = (~member & inside).any(1)
+        own = evaluate(scores[both][:, inside], member[both][:, inside], fprs=(fpr,)) if both.any() else None
+        row["auc"] = None if own is None else float(own.auc.mean())
+        if fpr >= 0.1 and both.all():
+            row["found at its own threshold"] = own.tpr_at(fpr)
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -275,6 +282,20 @@ def _steps(scores: np.ndarray, positive: np.ndarray, negative: np.ndarray, *some
     s = s[order]
     last = np.append(s[1:] != s[:-1], True)  # the end of every run of equal scores
     return tuple(np.concatenate([[0], np.cumsum(part[counted][order])[last]]) for part in (positive, negative, *some))
+
+
+def _beyond(scores: np.ndarray, member: np.ndarray, fpr: float) -> np.ndarray:
+    """bool [M, N]: scores beyond the threshold that the model's OTHER non-members set, k of whom `fpr` allows to be beyond it.
+
+    For members that is `evaluate`'s threshold: they have at most k non-members at or above them. Judged by the very threshold
+    that they set, exactly k non-members are beyond it, where chance alone finds k + 1 members among as many.
+    """
+    found = np.empty(member.shape, dtype=bool)
+    for row, s, m in zip(found, scores, member, strict=True):
+        negative = np.sort(-s[~m])
+        at_least = np.searchsorted(negative, -s, side="right") - ~m  # other non-members that score as high or higher
+        row[:] = at_least <= np.floor(fpr * len(negative) + 1e-9)
+    return found
 
 
 def _rates(fprs: Sequence[float]) -> tuple[float, ...]:

@@ -239,11 +239,18 @@ class SelectiveDP(Mechanism):
     def noised(self, sums: list[Tensor], batch: Batch) -> list[Tensor]:
         """The sums with noise, divided by the expected batch size."""
         noise_std = self._noise_std(batch, len(batch.valid), sums[0])
-        if not bool((noise_std > 0).any()):
+        # a card is not asked, as it would be waited for: noise of no length is drawn and added then
+        if self._noiseless() or (not sums[0].is_cuda and not bool((noise_std > 0).any())):
             return [s / batch.divisor for s in sums]
         sizes = [s[0].numel() for s in sums]
         noise = batch.noise.normal(sum(sizes)).to(sums[0].dtype).mul_(noise_std[:, None] / batch.divisor)
-        return [part.view_as(s).add_(s, alpha=1 / batch.divisor) for s, part in zip(sums, noise.split(sizes, 1), strict=True)]
+        noised = [part.view_as(s) for s, part in zip(sums, noise.split(sizes, 1), strict=True)]
+        torch._foreach_add_(noised, sums, alpha=1 / batch.divisor)
+        return noised
+
+    def _noiseless(self) -> bool:
+        sigma = self.noise_multiplier
+        return not any(sigma) if isinstance(sigma, (tuple, list)) else not sigma
 
     def few(self, net, clipped: Tensor) -> Tensor | None:
         """int64 [M, R], the rows whose norms are needed (and some that fill up); None where all may as well be asked.

@@ -145,7 +145,6 @@ class _RunningSGD(_Running):
             v.mul_(self.settings.momentum).add_(g)
             p.addcmul_(v, self._rate(factor, p), value=-1)
 
-
     def _at_once(self, gradients: list[Tensor], factor: float) -> None:
         """The same with a few launches for all parameters, instead of a few for each."""
         momentum = self.buffers["momentum"]
@@ -169,12 +168,26 @@ class _RunningAdamW(_Running):
         """One step; `factor` is the schedule's."""
         s, (b1, b2) = self.settings, self.settings.betas
         count = int(self.buffers["count"][0].add_(1))
+        if self.parameters[0].is_cuda and self.lr.ndim == 0:
+            return self._at_once(gradients, s.lr * factor, count)
         for p, g, m, v in zip(self.parameters, gradients, self.buffers["first"], self.buffers["second"], strict=True):
             rate = self._rate(factor, p)
             p.mul_(1 - rate * s.weight_decay)
             m.lerp_(g, 1 - b1)
             v.mul_(b2).addcmul_(g, g, value=1 - b2)
             p.sub_(rate / (1 - b1**count) * m / ((v / (1 - b2**count)).sqrt() + s.eps))
+
+    def _at_once(self, gradients: list[Tensor], rate: float, count: int) -> None:
+        """The same with a few launches for all parameters, instead of ten for each."""
+        s, (b1, b2), first, second = self.settings, self.settings.betas, self.buffers["first"], self.buffers["second"]
+        torch._foreach_mul_(self.parameters, 1 - rate * s.weight_decay)
+        torch._foreach_lerp_(first, gradients, 1 - b1)
+        torch._foreach_mul_(second, b2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - b2)
+        below = torch._foreach_div(second, 1 - b2**count)
+        torch._foreach_sqrt_(below)
+        torch._foreach_add_(below, s.eps)
+        torch._foreach_addcdiv_(self.parameters, first, below, -rate / (1 - b1**count))
 
 
 def _check(lr: Setting, weight_decay: float) -> None:

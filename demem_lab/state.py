@@ -34,9 +34,13 @@ class State:
             models=self.models, shape=job.dataset.shape, classes=len(job.dataset.classes), seeds=job.seeds
         ).to(job.device, job.dtype)
         self.net.train()
+        self.statistics: list[Tensor] = []
         self.net.arranged_for(job.device)
         if self.net.replays is not None:
-            self.net.replays.exact = not isinstance(job.recipe.sampler, Poisson)
+            # with batch normalisation rows see each other, and may not be padded; else it is not needed where none ever leaves
+            kind = type(self.mechanism)
+            leave = kind.takes_part is not Mechanism.takes_part or kind.coefficients is not Mechanism.coefficients
+            self.net.replays.exact = self.net.has_batch_norm or not (leave or isinstance(job.recipe.sampler, Poisson))
         if job.compiled:
             self._compile()
         self.net.compute_in(job.recipe.precision.dtype)
@@ -61,7 +65,7 @@ class State:
             else:
                 torch.autograd.grad(net(x).sum(), list(net.parameters()))
 
-        self.statistics = [b.clone() for b in net.buffers()]
+        self._remember()
         net.compile_body(trial)
         self._put_back()
 
@@ -91,22 +95,31 @@ class State:
 
     def _repeatable(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """What `_gradients` gives; `_put_back`, and it can be had again from the same streams."""
-        self.statistics = [b.clone() for b in self.net.buffers()]
-        try:
-            return self._gradients(batch)
-        except BaseException as error:
-            self._put_back()
-            short = isinstance(error, torch.OutOfMemoryError)
-            if short and self.consistent and self.net.replays is not None and self.net.replays.release():
+        self._remember()
+        while True:
+            try:
                 return self._gradients(batch)
-            # whatever ran out of memory was thrown at one place, and all that was moved has been put back
-            self.consistent |= short
-            raise
+            except BaseException as error:
+                self._put_back()
+                short = isinstance(error, torch.OutOfMemoryError)
+                if not (short and self.consistent and self.net.replays is not None and self.net.replays.holding):
+                    # whatever ran out of memory was thrown at one place, and all that was moved has been put back
+                    self.consistent |= short
+                    raise
+            self.net.replays.release()  # not above: the error's traceback holds what the failed pass had taken
+
+    def _remember(self) -> None:
+        """Keep the running statistics, for `_put_back`."""
+        buffers = list(self.net.buffers())
+        if not self.statistics:
+            self.statistics = [torch.empty_like(b) for b in buffers]
+        if buffers:
+            torch._foreach_copy_(self.statistics, buffers)
 
     def _put_back(self) -> None:
         """Undo what a forward pass does to running statistics: a step that is done again must not move them twice."""
-        for buffer, before in zip(self.net.buffers(), self.statistics, strict=True):
-            buffer.copy_(before)
+        if self.statistics:
+            torch._foreach_copy_(list(self.net.buffers()), self.statistics)
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Adversarial cross-entropies [M*B], and the mechanism's update."""

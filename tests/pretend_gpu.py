@@ -188,7 +188,7 @@ def pretend_gpu(capability=(8, 0), memory=16 << 30):
         "get_device_name": lambda device=None: facts.name, "get_device_properties": lambda device=None: facts,
         "synchronize": lambda device=None: None, "empty_cache": lambda: None,
         "mem_get_info": lambda device=None: (memory, memory),
-        "current_device": lambda: 0,
+        "current_device": lambda: 0, "current_stream": lambda device=None: SimpleNamespace(synchronize=lambda: None),
     }
     with ExitStack() as stack:
         for name, answer in says.items():

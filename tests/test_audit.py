@@ -19,10 +19,11 @@ from demem_lab.cli import app
 from demem_lab.data import member_masks
 from demem_lab.empirical import one_run_bound
 from demem_lab.files import write
-from demem_lab.leakage import evaluate, held_out_accuracy, reliably_found
+from demem_lab.leakage import by_group, evaluate, held_out_accuracy, proportion, reliably_found
 from demem_lab.mechanisms import DPSGD
 from demem_lab.outputs import outputs_from_arrays
 from demem_lab.report import AuditReport, page
+from demem_lab.risk import deciles, memorization
 
 
 def single(n=600, m=600, k=4, strength=2.0, seed=0, adversarial=False):
@@ -106,6 +107,70 @@ def test_risk_groups_come_from_models_that_are_not_attacked():
     )
 
 
+def test_risk_groups_are_attacked_by_models_that_did_not_choose_them():
+    arrays = ensemble(models=12)
+    y, member, half = arrays["labels"], arrays["membership"], auditing._two_halves(arrays["membership"])
+    margins = np.stack([signals.logit_margin(arrays[name][~half], y) for name in ("logits", "adv_logits")])
+    tenth = deciles(memorization(signals.confidence(arrays["adv_logits"][half], y), member[half]).score)
+    wanted = by_group(membership.lira(margins, member[~half]), member[~half], tenth, fpr=0.1)
+    rows = [row for row in audit(arrays, fprs=(0.1,)).groups if row["kind"].startswith("risk")]
+    for name in ("members", "found", "accused", "auc"):
+        assert [row[name] for row in rows] == pytest.approx(wanted[name].tolist()), name
+    assert {(row["attack"], row["query"]) for row in rows} == {("lira_online", "combined")}
+
+
+@pytest.mark.parametrize("models", [8, 10, 14])
+def test_every_target_of_the_other_half_has_a_reference_on_each_side(models):
+    member = member_masks(60, models, seed=0).numpy()
+    rest = member[~auditing._two_halves(member)]
+    assert not auditing._no_shadows(rest, rest, "with") and not auditing._no_shadows(rest, ~rest, "without")
+    assert "that takes 8" in audit(ensemble(models=6), fprs=(0.1,)).skipped["groups by risk"]
+
+
+NOBODY = {"hard": np.arange(2000) < 200}
+
+
+def scattering(models, seed, *, scatter=1.0, leak=0.0):
+    """2,000 samples of two classes, where 200 scatter more or are given away to whoever trained on them, or neither."""
+    rng, member = np.random.default_rng([seed, models]), member_masks(2000, models, seed=seed).numpy()
+    z, y, hard = rng.normal(size=(models, 2000, 2)), rng.integers(0, 2, 2000), NOBODY["hard"]
+    z[:, hard] *= scatter
+    z[:, np.arange(2000), y] += 1 + leak * (member & hard)
+    return {"logits": z, "labels": y, "membership": member}
+
+
+@pytest.mark.parametrize("models", [8, 16])
+@pytest.mark.parametrize("scatter", [1.0, 3.0])
+def test_groups_show_no_leak_where_there_is_none(models, scatter):
+    """Tenths by risk, and a group that scatters: as many members found as non-members accused, whoever chose the group."""
+    seen = {}
+    for seed in range(4):
+        for row in audit(scattering(models, seed, scatter=scatter), fprs=(0.01,), groups=NOBODY).groups:
+            seen.setdefault(row["group"], []).append(row)
+    for group, rows in seen.items():
+        found, accused, auc = (np.mean([row[name] for row in rows]) for name in ("found", "accused", "auc"))
+        trials = sum(row["members"] for row in rows)  # as many non-members: complementary halves
+        error = np.sqrt((found * (1 - found) + accused * (1 - accused)) / trials)
+        assert abs(found - accused) < 3.5 * error, (group, found, accused)
+        assert abs(auc - 0.5) < 5 * np.sqrt(1 / (6 * trials)), (group, auc)  # errors of targets that share samples go together
+    if scatter == 1:
+        trials = sum(row["members"] for row in seen["tenth 10"])
+        found = proportion(round(sum(row["found"] * row["members"] for row in seen["tenth 10"])), trials)
+        assert found.low < 0.01 < found.high, found
+    else:
+        assert np.mean([row["found"] for row in seen["hard"]]) > 0.05  # the threshold for all still finds most of them there
+
+
+def test_a_group_that_leaks_is_found():
+    for models in (8, 16):
+        report = audit(scattering(models, 0, leak=5.0), fprs=(0.01,), groups=NOBODY)
+        by_name = {row["group"]: row for row in report.groups}
+        for group in ("hard", "tenth 10"):
+            row = by_name[group]
+            assert row["low"] > 5 * row["accused_high"] and row["auc"] > 0.7, (models, group)
+        assert by_name["tenth 3"]["low"] < by_name["tenth 3"]["accused_high"]
+
+
 def test_chance_looks_like_chance():
     arrays = ensemble(strength=0.0, seed=3)
     report = audit(arrays, fprs=(0.1,))
@@ -135,6 +200,39 @@ def test_saved_loaded_and_shown(tmp_path):
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(ValueError, match="not an audit report"):
         AuditReport.load(tmp_path / "b.json")
+
+
+def test_the_group_figure_marks_what_guessing_finds_in_each_group():
+    arrays = ensemble()
+    arrays["membership"] = arrays["membership"] | (arrays["labels"] == 2)  # a class without non-members has no such mark
+    report = audit(arrays, fprs=(0.1,))
+    rows = {row["group"]: row for row in report.groups if row["kind"] == "class"}
+    assert rows["2"]["accused"] is None and rows["2"]["auc"] is None and json.loads(report.to_json())["groups"] == report.groups
+    figure = report.figures()["by class"]
+    found, guessed = figure.data
+    assert list(found.y) == ["0", "1", "2", "3"] and list(guessed.y) == ["0", "1", "3"] and not figure.layout.shapes
+    for mark, name in ((found, "found"), (guessed, "accused")):
+        assert list(mark.x) == pytest.approx([100 * rows[group][name] for group in mark.y])
+    one = rows["0"]
+    assert guessed.error_x.array[0] == pytest.approx(100 * (one["accused_high"] - one["accused"]))
+    html = report.to_html()
+    assert "grey: guessing, the group&#x27;s own non-members accused" in html and "accused, %" in html
+    assert f"{100 * one['accused']:.1f}\xa0({100 * one['accused_low']:.1f}\u2013\u2060{100 * one['accused_high']:.1f})" in html
+
+
+def test_an_older_report_is_read_without_its_groups(tmp_path):
+    report = audit(ensemble(), fprs=(0.1,))
+    old = json.loads(report.to_json()) | {"format": 2}
+    old["groups"] = [{"kind": "class", "group": "0", "members": 9, "auc": 0.5, "found": 0.1, "low": 0.0, "high": 0.3}]
+    (tmp_path / "two.json").write_text(json.dumps(old))
+    read = AuditReport.load(tmp_path / "two.json")
+    said = read.skipped.pop("who is found, by group")
+    assert "audit the outputs again" in said and read == replace(report, groups=[])
+    assert not [title for title in read.figures() if title.startswith("by ")] and "By group" not in read.to_html()
+    for number in (1, 4, None):
+        (tmp_path / "other.json").write_text(json.dumps(old | {"format": number}))
+        with pytest.raises(ValueError, match=f"not an audit report of this version of demem_lab .format {number}"):
+            AuditReport.load(tmp_path / "other.json")
 
 
 def test_no_number_without_its_conditions():
@@ -288,7 +386,8 @@ def test_who_is_attacked_reliably_stands_in_the_report():
     report = audit(arrays, fprs=(0.1, 0.02))
     name, query, fpr = report.headline
     assert (report.reliable["attack"], report.reliable["query"], report.reliable["fpr"]) == (name, query, fpr)
-    scores = next(s for n, q, s in auditing._scores(outputs_from_arrays(arrays), None, {}) if (n, q) == (name, query))
+    score = next(how for n, q, how in auditing._attacks(outputs_from_arrays(arrays), None, {}) if (n, q) == (name, query))
+    scores = score(auditing.EVERY)
     found = reliably_found(scores, arrays["membership"], fpr=fpr, share=0.9)
     assert report.reliable["fraction"] == found.fraction > 0 and report.reliable["never_found"] == (found.hit == 0).mean()
     assert "attacked reliably" in report.to_html()

@@ -55,7 +55,7 @@ def test_every_number_by_hand(runs):
                 out = np.sort(s[~m])[::-1]
                 per_model.append((s[m & inside] > out[int(fpr * len(out))]).mean())  # one global threshold
                 accused[query].append((s[~m & inside] > out[int(fpr * len(out))]).mean())
-                areas[query].append((s[m & inside][:, None] > s[~m]).mean())
+                areas[query].append((s[m & inside][:, None] > s[~m & inside]).mean())
             rates[query] = np.mean(per_model)
             assert found[group, f"leak {query}"] == pytest.approx(rates[query])
         assert found[group, "leak"] == pytest.approx(max(rates.values()))

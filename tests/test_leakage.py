@@ -46,10 +46,11 @@ def test_evaluate_by_brute_force(kind, subset):
     found = lk.evaluate(scores, member, fprs=fprs, subset=chosen if subset else None)
     for m in range(4):
         inside = member[m] & chosen if subset else member[m]
-        auc, tpr, balanced = brute(scores[m], inside, ~member[m], fprs)
+        own = ~member[m] & chosen if subset else ~member[m]
+        _, tpr, balanced = brute(scores[m], inside, ~member[m], fprs)
+        auc, *_ = brute(scores[m], inside, own, fprs)
         assert found.auc[m] == pytest.approx(auc) and found.tpr[m] == pytest.approx(tpr)
         assert found.balanced_accuracy[m] == pytest.approx(balanced)
-        own = ~member[m] & chosen if subset else ~member[m]
         for f, fpr in enumerate(fprs):  # the lowest threshold that accuses few enough of all non-members, if there is one
             cuts = [c for c in np.unique(scores[m]) if (scores[m][~member[m]] >= c).mean() <= fpr + 1e-9]
             reached = (scores[m][own] >= min(cuts)).mean() if cuts else 0.0
@@ -254,9 +255,9 @@ def test_groups_share_one_threshold():
     assert list(table.index) == ["easy", "rest"]  # a group without members has no row
     for name, inside in (("easy", easy), ("rest", ~easy)):
         one = lk.evaluate(scores, member, fprs=(0.1,), subset=inside)
-        assert table.loc[name, "auc"] == pytest.approx(one.auc.mean()) and table.loc[name, "members"] == one.members.sum()
-        assert table.loc[name, "found"] == pytest.approx((one.tpr[:, 0] * one.members).sum() / one.members.sum())
         alone = lk.evaluate(scores[:, inside], member[:, inside], fprs=(0.1,))
+        assert table.loc[name, "auc"] == pytest.approx(alone.auc.mean()) and table.loc[name, "members"] == one.members.sum()
+        assert table.loc[name, "found"] == pytest.approx((one.tpr[:, 0] * one.members).sum() / one.members.sum())
         # six non-members of a group of sixty cannot resolve a tenth: no number then
         own = table.loc[name, "found at its own threshold"]
         assert np.isnan(own) if alone.tpr_at(0.1) is None else own == pytest.approx(alone.tpr_at(0.1))
@@ -265,6 +266,48 @@ def test_groups_share_one_threshold():
     assert lk.by_group(scores, member, np.arange(300) % 3, fpr=0.001)["found"].isna().all()
     with pytest.raises(ValueError, match="group 'short'"):
         lk.by_group(scores, member, {"short": easy[:5]}, fpr=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_non_members_of_a_group_are_judged_by_the_others(kind):
+    scores, member = chance(4, 120)
+    scores, group = KINDS[kind](scores), np.arange(120) % 3 == 0
+    row = lk.by_group(scores, member, {"group": group}, fpr=0.1).loc["group"]
+    accused, found = [], []
+    for s, m in zip(scores, member, strict=True):
+        for i in np.flatnonzero(group):
+            others = s[~m & (np.arange(120) != i)]
+            (found if m[i] else accused).append((others >= s[i]).sum() <= 6)  # 6 of 60 may be beyond a threshold
+    assert row["found"] == np.mean(found) and row["accused"] == np.mean(accused) and row["members"] == len(found)
+    limits = lk.proportion(sum(accused), len(accused))
+    assert (row["accused low (pooled)"], row["accused high (pooled)"]) == (limits.low, limits.high)
+
+
+def test_a_group_that_only_scatters_gives_nothing_away():
+    """One threshold for all finds most of what it finds there, and accuses as many of the group's non-members."""
+    hard, counts = np.arange(2000) < 200, []
+    for seed in range(8):
+        scores, member = chance(8, 2000, seed)
+        scores[:, hard] = 3 * scores[:, hard] - 2
+        counts.append(lk.by_group(scores, member, {"hard": hard}, fpr=0.01).loc["hard"])
+    found, accused, auc = (np.mean([c[name] for c in counts]) for name in ("found", "accused", "auc"))
+    trials = 8 * 8 * 100
+    assert found > 0.05 and abs(found - accused) < 3 * np.sqrt((found * (1 - found) + accused * (1 - accused)) / trials)
+    assert abs(auc - 0.5) < 3 * np.sqrt(201 / (12 * 100 * 100) / 64)  # the error of a rank sum
+    told = lk.by_group(scores + 9 * (member & hard), member, {"hard": hard}, fpr=0.01).loc["hard"]
+    assert told["low (pooled)"] > told["accused high (pooled)"] and told["auc"] > 0.95
+
+
+def test_a_group_that_everybody_trained_on_has_no_share_accused():
+    scores, member = chance(4, 600)
+    always, mostly = np.arange(600) < 30, np.arange(600) >= 570
+    member = member | always
+    member[1:, mostly] = True  # non-members of the first model only
+    table = lk.by_group(scores, member, {"always": always, "mostly": mostly}, fpr=0.1)
+    assert table.loc["always", ["accused", "accused low (pooled)", "accused high (pooled)", "auc"]].isna().all()
+    assert table.loc["always", "found"] > 0
+    alone = lk.evaluate(scores[:1, mostly], member[:1, mostly])
+    assert table.loc["mostly", "auc"] == pytest.approx(alone.auc[0]) and "found at its own threshold" not in table
 
 
 def test_canaries_show_the_worst_case():

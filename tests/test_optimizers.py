@@ -90,17 +90,19 @@ def test_one_rate_a_model_or_one():
         SGD(lr=(1.0, 2.0)).for_models([0], 3)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.01])
-def test_all_parameters_at_once_are_the_same_step(decay):
+@pytest.mark.parametrize("settings", [
+    SGD(lr=0.1), SGD(lr=0.1, weight_decay=0.01), AdamW(lr=0.01, weight_decay=0.0), AdamW(lr=0.01, weight_decay=0.1),
+])
+def test_all_parameters_at_once_are_the_same_step(settings):
     def made():
         parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6) * k) for k in (1, 2)]
-        return parameters, SGD(lr=0.1, weight_decay=decay).start(parameters)
+        return parameters, settings.start(parameters)
 
     (one, by_one), (all_, at_once) = made(), made()
-    for g, f in zip(GRADIENTS, FACTORS, strict=True):
+    for count, (g, f) in enumerate(zip(GRADIENTS, FACTORS, strict=True), 1):
         by_one.apply([g, 3 * g], f)
         with torch.no_grad():
-            at_once._at_once([g, 3 * g], f)
+            at_once._at_once([g, 3 * g], *((f,) if isinstance(settings, SGD) else (0.01 * f, count)))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(one, all_, strict=True))
 
 

@@ -4,7 +4,9 @@ Without a GPU a recording is pretended: it computes everything anew from the pla
 whatever it does not read from there is seen. With one, real graphs are compared with launches.
 """
 
-from contextlib import nullcontext
+import weakref
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,6 +191,47 @@ def _full(*_):
     raise torch.OutOfMemoryError("full")
 
 
+def test_an_error_holds_no_memory_when_the_pass_is_done_again(monkeypatch):
+    net, _ = network()
+    net.replays, attack, (x, y), taken = Replays(), PGD(0.1, 3, random_start=False), batch(8), []
+    for _ in range(2):
+        attack(net, x, y)
+    climb = PGD.climb
+
+    def short(*arguments):
+        large = torch.rand(10)
+        if not taken:
+            taken.append(weakref.ref(large))
+            _full()
+        assert taken[0]() is None
+        return climb(*arguments)
+
+    monkeypatch.setattr(PGD, "climb", short)
+    with pytest.warns(UserWarning, match="memory is short"):
+        attack(net, batch(16)[0], batch(16)[1])  # another size, so not what has been recorded
+    assert taken
+
+
+def test_running_statistics_move_once_when_recording_finds_no_room(monkeypatch):
+    spec, how = ResNet18(width=4, norm="batch"), {"sampler": Shuffled(6)}
+    plain = _Recorded(spec, Plain(), (3, 16, 16), monkeypatch, **how).state.net.state()
+    record, calls = replay.recorded, []
+
+    def short(compute, pool, device):  # the attack has been recorded, the training pass finds no room
+        calls.append(1)
+        if len(calls) == 2:
+            compute()
+            _full()
+        return record(compute, pool, device)
+
+    monkeypatch.setattr(replay, "recorded", short)
+    monkeypatch.setattr("pretend_gpu.played_again", short)
+    with pytest.warns(UserWarning, match="memory is short"):
+        found = _Recorded(spec, Plain(), (3, 16, 16), monkeypatch, **how).state
+    assert found.net.replays.failed == {"all"} and len(calls) == 2
+    assert all(torch.allclose(plain[name], t, atol=1e-5) for name, t in found.net.state().items())
+
+
 @pytest.mark.parametrize("left", [3, 9])
 def test_a_full_card_goes_on_with_launches(left, monkeypatch):
     plain = _Recorded(MLP((6,)), Plain(), (1, 8, 8), monkeypatch).state.net.state()
@@ -225,6 +268,93 @@ def test_a_recording_that_gives_something_else_is_not_used(monkeypatch):
     first = attack(net, x, y)
     with pytest.warns(UserWarning, match="could not be recorded .it gives something else than launches do.; going on"):
         assert torch.equal(first, attack(net, x, y))
+
+
+@pytest.mark.parametrize("eps", [8 / 255, 1 / 255])
+def test_a_recording_that_does_nothing_is_seen_however_small_the_radius(eps, monkeypatch):
+    def idle(compute, pool, device):
+        own, whole = compute()
+        return (own, whole), lambda: own.copy_(idle.x)
+
+    monkeypatch.setattr(replay, "recorded", idle)
+    net, _ = network()
+    net.replays, attack, (x, y) = Replays(), PGD(eps, 3, random_start=False), batch(8)
+    idle.x = x
+    first = attack(net, x, y)
+    with pytest.warns(UserWarning, match="it gives something else than launches do"):
+        assert torch.equal(first, attack(net, x, y))
+
+
+def test_what_is_not_finite_is_recorded_another_time(recordings):
+    net, _ = network()
+    net.replays, rows = Replays(), torch.ones(8, 1, dtype=torch.float64, device=ON)
+    rows[3] = float("nan")
+    for value, made in ((None, 0), (None, 0), (1.0, 0), (1.0, 1), (1.0, 1)):
+        if value is not None:
+            rows[3] = value
+        own, _ = net.replays.play("training pass", (), net, (rows,), (), lambda r: (2 * r, []))
+        assert torch.equal(own.isnan(), rows.isnan()) and recordings["made"] == made
+    assert not net.replays.failed
+
+
+def test_in_deterministic_mode_nothing_is_recorded(recordings):
+    net, _ = network()
+    net.replays, attack, (x, y) = Replays(), PGD(0.1, 3, random_start=False), batch(8)
+    try:
+        torch.use_deterministic_algorithms(True)
+        for _ in range(3):
+            attack(net, x, y)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert recordings["made"] == 0 and not net.replays.kept
+
+
+class _Card:
+    """What `recorded` asks of torch.cuda, told in order; `fails` are the calls that raise."""
+
+    def __init__(self, monkeypatch, *fails):
+        self.said, self.fails = [], fails
+        names = {"CUDAGraph": lambda: self, "Stream": lambda device: self, "current_stream": lambda: self}
+        names |= {"empty_cache": lambda: self.tell("empty"), "device": self.inside, "stream": self.inside}
+        for name, answer in names.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *a: self.tell("end to pool"), raising=False)
+        monkeypatch.setattr(replay, "_side", lambda device: self)
+
+    def tell(self, what):
+        self.said.append(what)
+        if what in self.fails:
+            raise RuntimeError(what)
+
+    @contextmanager
+    def inside(self, where):
+        yield
+
+    def capture_begin(self, **how):
+        self.tell("begin")
+
+    def __getattr__(self, name):
+        return lambda *a: self.tell(name)
+
+
+BEGUN = ["synchronize", "empty", "begin"]
+
+
+@pytest.mark.parametrize(("fails", "raised", "said"), [
+    ((), None, [*BEGUN, "compute", "capture_end", "wait_stream"]),
+    (("compute",), "compute", [*BEGUN, "compute", "capture_end"]),
+    # a capture that was broken ends with an error, too, and the allocator must be told
+    (("compute", "capture_end"), "compute", [*BEGUN, "compute", "capture_end", "end to pool"]),
+    (("capture_end",), "capture_end", [*BEGUN, "compute", "capture_end", "capture_end", "end to pool"]),
+    (("compute", "capture_end", "end to pool"), "compute", [*BEGUN, "compute", "capture_end", "end to pool"]),
+])
+def test_a_recording_that_breaks_off_leaves_the_card_as_it_was(monkeypatch, fails, raised, said):
+    monkeypatch.undo()  # the pretended recording of all tests here
+    card = _Card(monkeypatch, *fails)
+    with nullcontext() if raised is None else pytest.raises(RuntimeError, match=raised):
+        replay.recorded(lambda: card.tell("compute"), "pool", SimpleNamespace(index=0))
+    assert card.said == said
+    assert not replay._one_at_a_time.locked()
 
 
 class _Recorded:
@@ -285,6 +415,23 @@ def test_batches_of_one_size_are_not_padded(monkeypatch):
         ResNet18(width=4, norm="batch"), Plain(), (3, 16, 16), monkeypatch, sampler=Shuffled(6),
     )
     assert found.played("training pass") == 11 and all(len(r.rows[0]) == 6 for r in found.state.net.replays.kept.values())
+
+
+def test_batches_that_samples_leave_are_padded(monkeypatch):
+    found = _Recorded(MLP((6,)), Drop(TENTH), (1, 8, 8), monkeypatch, sampler=Shuffled(6))
+    sizes = {len(r.rows[0]) for r in found.state.net.replays.kept.values()}
+    assert sizes == {8} and found.played("training pass") == 11
+    whole = _Recorded(MLP((6,)), Plain(), (1, 8, 8), monkeypatch, sampler=Shuffled(6))
+    assert {len(r.rows[0]) for r in whole.state.net.replays.kept.values()} == {6}
+
+
+def test_rare_sizes_of_a_network_that_cannot_pad_are_launched(monkeypatch):
+    spec, how = ResNet18(width=4, norm="batch"), {"sampler": Shuffled(6)}
+    everything = _Recorded(spec, Drop(TENTH), (3, 16, 16), monkeypatch, **how).state.net
+    monkeypatch.setattr(replay, "MOST", 2)
+    few = _Recorded(spec, Drop(TENTH), (3, 16, 16), monkeypatch, **how).state.net
+    assert len(everything.replays.kept) > 2 == len(few.replays.kept)
+    assert all(torch.allclose(t, few.state()[name], atol=1e-5) for name, t in everything.state().items())
 
 
 def test_gradients_of_all_recordings_share_one_place(monkeypatch):
