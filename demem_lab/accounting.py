@@ -1,4 +1,4 @@
-"""How much privacy a noisy training run gives, by a well-kept accountant (dp_accounting), never by our own formulas.
+"""How much privacy a noisy training run gives, by a well-kept accountant (dp_accounting).
 
 >>> budget(noise_multiplier=1.1, sampling_rate=0.01, steps=1000, delta=1e-5).epsilon      # doctest: +ELLIPSIS
 1.51...

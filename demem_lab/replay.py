@@ -110,7 +110,8 @@ class Replays:
             self.failed.add("all")
             warnings.warn("memory is short: recorded steps are given up, which is only slower", stacklevel=2)
             gc.collect()
-            torch.cuda.empty_cache()
+            with _one_at_a_time:
+                torch.cuda.empty_cache()
 
     def _outcome(self, kind: str, recording: _Recording, net, compute: Callable[[], Outcome]) -> Outcome:
         met, recording.met = recording.met, True
