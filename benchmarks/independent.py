@@ -1,6 +1,6 @@
 """Does adversarial training here learn as fast as a loop written in plain torch that shares nothing with this package?
 
-    DEMEM_DATA=... python benchmarks/independent.py WAY [SEED EPOCHS WIDTH]   # WAY: ours, evaluation, training
+    DEMEM_DATA=... python benchmarks/independent.py WAY [SEED EPOCHS WIDTH]   # WAY: ours, he, evaluation, training
     python benchmarks/independent.py page                                      # results/independent.md from what is there
 
 PGD training of a ResNet-18 with batch normalisation on all of CIFAR-10, eps 8/255, crop and flip, narrow enough for a CPU.
@@ -22,7 +22,7 @@ from harness import RESULTS, provenance
 from torch import nn
 from torchvision.datasets import CIFAR10
 
-from demem_lab import data
+from demem_lab import data, models
 from demem_lab.attacks import PGD
 from demem_lab.augment import usual
 from demem_lab.live import Watch
@@ -36,7 +36,7 @@ EPS, STEP, BATCH, RATE, DECAY = 8 / 255, 5 / 255, 128, 0.1, 5e-4
 JUDGED, KEPT = 2_000, RESULTS / "independent"
 EVERY = 50  # steps that one number of the page is the mean of
 WAYS = {
-    "ours": "ours", "evaluation": "plain torch, attacked in evaluation mode",
+    "ours": "ours", "he": "ours, first weights as large as He's", "evaluation": "plain torch, attacked in evaluation mode",
     "training": "plain torch, attacked in training mode",
 }
 
@@ -160,7 +160,9 @@ def main(way: str, seed: int = 0, epochs: int = 2, width: int = 16) -> None:
         return page()
     torch.set_num_threads(1)
     begun = time.monotonic()
-    losses, net = ours(seed, epochs, width) if way == "ours" else plain(way, seed, epochs, width)
+    if way == "he":
+        models.NORMED_GAIN = 1.0
+    losses, net = ours(seed, epochs, width) if way in ("ours", "he") else plain(way, seed, epochs, width)
     spent = time.monotonic() - begun
     images, labels = pixels(train=False)
     torch.manual_seed(1)
@@ -186,14 +188,14 @@ def page() -> None:
     kept.sort(key=lambda run: (list(WAYS).index(run["way"]), run["seed"]))
     at = [i for i in (0, 3, 7, 11) if i < len(kept[0]["losses"])]
     lines = [
-        "| way | seed | steps | " + " | ".join(f"loss to step {(i + 1) * EVERY}" for i in at) + " | clean | PGD-20 |",
-        "|" + "---|" * (5 + len(at)),
+        "| way | commit | seed | steps | " + " | ".join(f"loss to step {(i + 1) * EVERY}" for i in at) + " | clean | PGD-20 |",
+        "|" + "---|" * (6 + len(at)),
     ]
     for run in kept:
         losses = " | ".join(f"{run['losses'][i]:.3f}" for i in at)
         rates = f"{run['clean accuracy']:.1%} | {run['PGD-20 accuracy']:.1%}"
-        lines.append(f"| {WAYS[run['way']]} | {run['seed']} | {run['steps']} | {losses} | {rates} |")
-    where = ", ".join(f"{name} {value}" for name, value in kept[0]["provenance"].items() if name != "minutes")
+        lines.append(f"| {WAYS[run['way']]} | {run['provenance']['commit']} | {run['seed']} | {run['steps']} | {losses} | {rates} |")
+    where = ", ".join(f"{name} {value}" for name, value in kept[0]["provenance"].items() if name not in ("minutes", "commit"))
     (RESULTS / "independent.md").write_text("\n".join([where, "", *lines]) + "\n")
     print("\n".join(lines))
 

@@ -36,8 +36,8 @@ OUT_GAIN = 0.1
 # with batch normalisation): otherwise the first epochs of training only undo the start.
 BLOCK_GAIN = 0.2
 # Normalisation undoes the size of the weights before it, but large weights turn slowly. With torch's own first weights, a
-# 1/sqrt(6) of He's, ResNet-18 learns as fast as a loop in plain torch; with He's it lags a third of the steps behind, and with
-# group normalisation at 8/255 it stays at chance (benchmarks/independent.py). SmallCNN's rates are tuned to He's.
+# 1/sqrt(6) of He's, ResNet-18 learns as fast as a loop in plain torch; with He's it takes half as many steps again, and with
+# group normalisation at 8/255 it long stays at chance (benchmarks/README.md). SmallCNN's rates are tuned to He's.
 NORMED_GAIN = 6**-0.5
 
 
