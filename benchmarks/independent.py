@@ -194,8 +194,9 @@ def page() -> None:
     for run in kept:
         losses = " | ".join(f"{run['losses'][i]:.3f}" for i in at)
         rates = f"{run['clean accuracy']:.1%} | {run['PGD-20 accuracy']:.1%}"
-        lines.append(f"| {WAYS[run['way']]} | {run['provenance']['commit']} | {run['seed']} | {run['steps']} | {losses} | {rates} |")
-    where = ", ".join(f"{name} {value}" for name, value in kept[0]["provenance"].items() if name not in ("minutes", "commit"))
+        name, commit = WAYS[run["way"]], run["provenance"]["commit"]
+        lines.append(f"| {name} | {commit} | {run['seed']} | {run['steps']} | {losses} | {rates} |")
+    where = ", ".join(f"{what} {value}" for what, value in kept[0]["provenance"].items() if what not in ("minutes", "commit"))
     (RESULTS / "independent.md").write_text("\n".join([where, "", *lines]) + "\n")
     print("\n".join(lines))
 
