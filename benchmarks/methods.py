@@ -187,8 +187,8 @@ def promises(guarantees: dict[str, str]) -> str:
     if not noisy:
         return " No arm here promises anything."
     return (
-        f" Epsilon of the noisy arms, given the choices that risk scores made for them: {'; '.join(noisy)}. Such numbers "
-        "protect nobody by themselves; the other arms promise nothing."
+        f" Epsilon of the noisy arms (where risk scores chose whom to treat, given that choice): {'; '.join(noisy)}. "
+        "Such numbers protect nobody by themselves; the other arms promise nothing."
     )
 
 

@@ -26,6 +26,7 @@ METRICS = {
     "leak": "true positive rate of LiRA, the larger of clean and adversarial queries",
     "leak clean": "true positive rate of LiRA, clean queries", "leak adversarial": "the same, adversarial queries",
     "accused": "share of the non-members that the same threshold accuses, the query as for the leak",
+    "beyond": "leak minus accused: what membership gives away, and not only being hard",
     "auc": "area under LiRA's ROC, the larger of clean and adversarial queries",
 }
 
@@ -94,10 +95,12 @@ class Comparison:
         return list(dict.fromkeys(self.rows["arm"]))
 
     def values(self, arm: str, metric: str, group: str = "all") -> np.ndarray:
-        """One value a seed [S], in order of seeds. KeyError names what there is."""
+        """One value a seed [S], in order of seeds; "beyond" is "leak" less "accused". KeyError names what there is."""
         return self._by_seed(arm, metric, group).to_numpy()
 
     def _by_seed(self, arm: str, metric: str, group: str) -> pd.Series:
+        if metric == "beyond":
+            return self._by_seed(arm, "leak", group) - self._by_seed(arm, "accused", group)
         r = self.rows
         found = r[(r.arm == arm) & (r.metric == metric) & (r.group == group)].set_index("seed")["value"].sort_index()
         if not len(found):

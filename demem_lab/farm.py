@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from demem_lab.replay import one_at_a_time
 from demem_lab.validate import integer
 
 # mallopt: blocks below 32 MB (older versions take no more) come from the heap, which grows by 64 MB and shrinks past 1 GB
@@ -131,7 +132,8 @@ def free(on: torch.device) -> None:
     """Give a device's memory back after it ran out."""
     gc.collect()
     if on.type == "cuda":
-        torch.cuda.empty_cache()
+        with one_at_a_time:  # not while another thread records (`replay`)
+            torch.cuda.empty_cache()
 
 
 def run(

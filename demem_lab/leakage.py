@@ -97,10 +97,10 @@ def evaluate(
 ) -> Leakage:
     """ROC measures of scores [M, N] for each target; `subset` bool [N] restricts the members that count.
 
-    Thresholds are global: they come from ALL non-members of the model, also for a subset. Such a threshold may accuse the
-    subset's non-members more often than others: `tpr` of a subset says something about membership only where it exceeds
-    `accused`. `auc` compares the subset's members with its own non-members (NaN without any). One sort a model. Raises
-    ValueError for rates outside [0, 1] and for a subset of indices.
+    Thresholds are global: they come from ALL non-members of the model (each non-member's from all others), also for a subset.
+    Such a threshold may accuse the subset's non-members more often than others: `tpr` of a subset says something about
+    membership only where it exceeds `accused`. `auc` compares the subset's members with its own non-members (NaN without any).
+    One sort a model. Raises ValueError for rates outside [0, 1] and for a subset of indices.
     """
     scores, member = _checked(scores, member)
     fprs, subset = _rates(fprs), True if subset is None else _flags("subset", subset, member, each=True)
@@ -115,7 +115,9 @@ def evaluate(
         # the last step with at most fpr * n false positives; ties are one step, so nobody is accused by halves
         at = [np.searchsorted(false, np.floor(f * false[-1] + 1e-9), side="right") - 1 for f in fprs]
         tpr.append(true[at] / true[-1])
-        accused.append(accusing[at] / accusing[-1] if accusing[-1] else np.full(len(at), np.nan))
+        # a non-member is judged by what the OTHERS allow (`_beyond` says why)
+        others = [np.searchsorted(false, np.floor(f * false[-1] + 1e-9) + 1, side="right") - 1 for f in fprs]
+        accused.append(accusing[others] / accusing[-1] if accusing[-1] else np.full(len(at), np.nan))
         balanced.append(((true / true[-1] + 1 - false / false[-1]) / 2).max())
         steps.append((true.astype(np.int32), false.astype(np.int32)))
     counts = inside.sum(1), (~member).sum(1)

@@ -58,6 +58,12 @@ class Mechanism:
         coefficients = self.coefficients(batch)
         return batch.valid if coefficients is None else batch.valid & (coefficients > 0)
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether samples may leave, so that batches become smaller."""
+        kind = type(self)
+        return kind.takes_part is not Mechanism.takes_part or kind.coefficients is not Mechanism.coefficients
+
     def penalty(self, per_sample: PerSample, batch: Batch) -> Tensor | None:
         """A further loss for each model, [M]; None when there is none."""
         return None

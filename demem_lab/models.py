@@ -330,7 +330,7 @@ class _Pairs(Network):
 
 
 def _conv(models: int, inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> Conv:
-    """A convolution that a normalisation follows, so without a bias."""
+    """A convolution whose output (or the sum it is part of) is normalised before anything is made of it, so without a bias."""
     return Conv(models, inputs, outputs, kernel=kernel, stride=stride, bias=False, gain=NORMED_GAIN)
 
 

@@ -314,8 +314,10 @@ def bars(intervals: Iterable[Interval], *, thickness: float = 1, scale: float = 
 
 def _short(metric: str) -> str:
     names = {
-        "leak": "members found", "robust": "robust accuracy", "member robust": "members' robust accuracy",
-        "leak clean": "found by clean queries", "leak adversarial": "found by adversarial queries",
+        "leak": "members found", "beyond": "members found beyond the accused", "robust": "robust accuracy",
+        "member robust": "members' robust accuracy", "leak clean": "found by clean queries",
+        "leak adversarial": "found by adversarial queries",
     }
-    found_at = re.fullmatch(r"(.+: )?found at ([\d.]+ %)", metric)  # as `results` names them
-    return f"found at {found_at[2]} false positives" if found_at else names.get(metric, metric)
+    at = re.fullmatch(r"(.+: )?(found|beyond) at ([\d.]+ %)", metric)  # as `results` names them
+    named = {"found": "found", "beyond": "found beyond the accused"}
+    return f"{named[at[2]]} at {at[3]} false positives" if at else names.get(metric, metric)

@@ -112,6 +112,12 @@ class Job:
         }
 
 
+def apart(recipe: Recipe, members: Tensor) -> bool:
+    """Whether models have to be trained one by one: with batch normalisation, rows that only fill up a shorter batch count."""
+    uneven = len(set(members.sum(1).tolist())) > 1
+    return getattr(recipe.model, "norm", "group") == "batch" and (recipe.mechanism.shrinks or uneven)
+
+
 def check(dataset: Dataset, members: Tensor, recipe: Recipe, seeds: Sequence[int], dtype: torch.dtype) -> None:
     """ValueError unless masks, seeds, settings and batch sizes fit the data and each other."""
     instance("dataset", dataset, Dataset, example="load('digits')")

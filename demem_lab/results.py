@@ -46,30 +46,39 @@ class Results:
         return "1 %" if "1 %" in resolved else resolved[-1]
 
     def stronger(self, arm: str, rate: str, group: str = "all") -> str:
-        """The attack that finds more of a group's members under this treatment, in the mean over models: "LiRA" or "RMIA"."""
-        return max(ATTACKS, key=lambda attack: np.mean(self.arms[arm][_named(f"{attack}: found at {rate}", group)]))
+        """The attack that finds more of a group's members `beyond` the accused, in the mean over models: "LiRA" or "RMIA"."""
+        return max(ATTACKS, key=lambda attack: np.mean(self.beyond(arm, attack, rate, group)))
 
     def values(self, arm: str, metric: str, group: str = "all") -> list[float]:
-        """One number a model. "found at ..." and "accused at ..." without an attack's name are those of the `stronger` one.
+        """One number a model. "found at ...", "accused at ..." and "beyond at ..." without an attack's name are those of the
+        `stronger` one.
 
         group: "all", "at risk" or "rest". KeyError for a metric that was not measured.
         """
         kind, _, rate = metric.partition(" at ")
-        if kind in ("found", "accused"):
+        if kind in ("found", "accused", "beyond"):
             rate, _, named = rate.partition(", ")
-            metric = f"{self.stronger(arm, rate, named or group)}: {metric}"
+            attack, group = self.stronger(arm, rate, named or group), named or group
+            if kind == "beyond":
+                return self.beyond(arm, attack, rate, group)
+            metric = f"{attack}: {kind} at {rate}"
         return self.arms[arm][_named(metric, group)]
 
-    def beyond(self, arm: str, attack: str, rate: str, group: str) -> list[float]:
-        """Members found minus NON-members accused in the same group ("at risk" or "rest"), one number a model.
+    def beyond(self, arm: str, attack: str, rate: str, group: str = "all") -> list[float]:
+        """Members found minus NON-members accused in the same group, one number a model; of all, `rate` are accused.
 
         There is one threshold for everybody, and hard images scatter: only what is found beyond that gives membership away.
         """
-        found, accused = (self.arms[arm][f"{attack}: {what} at {rate}, {group}"] for what in ("found", "accused"))
-        return [f - a for f, a in zip(found, accused, strict=True)]
+        found = self.arms[arm][_named(f"{attack}: found at {rate}", group)]
+        if group == "all":
+            return [f - float(rate.removesuffix(" %")) / 100 for f in found]
+        return [f - a for f, a in zip(found, self.arms[arm][f"{attack}: accused at {rate}, {group}"], strict=True)]
 
     def interval(self, arm: str, metric: str, group: str = "all") -> Interval:
-        """Mean of `values` over the models as targets, with the 95 % t-interval. They share data, so it is on the narrow side."""
+        """Mean of `values` over the models as targets, with the 95 % t-interval.
+
+        They share data, and where no attack is named it is the better of two: the interval is on the narrow side.
+        """
         return seed_interval(self.values(arm, metric, group))
 
     def to_frame(self, metrics: Sequence[str] = ()) -> pd.DataFrame:

@@ -49,7 +49,9 @@ class Poisson:
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Each epoch is a fresh permutation of the members, cut into batches of equal size; the remainder waits."""
+    """Each epoch is a fresh permutation of the members, cut into batches. A remainder of half a batch or more is one as well
+    (all updates are divided by `batch_size`); a smaller one waits.
+    """
 
     batch_size: int = 50
 

@@ -38,9 +38,8 @@ class State:
         self.net.arranged_for(job.device)
         if self.net.replays is not None:
             # with batch normalisation rows see each other, and may not be padded; else it is not needed where none ever leaves
-            kind = type(self.mechanism)
-            leave = kind.takes_part is not Mechanism.takes_part or kind.coefficients is not Mechanism.coefficients
-            self.net.replays.exact = self.net.has_batch_norm or not (leave or isinstance(job.recipe.sampler, Poisson))
+            changing = self.mechanism.shrinks or isinstance(job.recipe.sampler, Poisson)
+            self.net.replays.exact = self.net.has_batch_norm or not changing
         if job.compiled:
             self._compile()
         self.net.compute_in(job.recipe.precision.dtype)
@@ -74,7 +73,8 @@ class State:
         job, t = self.job, self.step
         index, valid = self.draw(t)
         kept = self.mechanism.takes_part(self._batch(index, valid))
-        if not torch.equal(kept, valid):  # who has left costs nothing
+        # who has left costs nothing; batch normalisation must not even see who does not count
+        if not torch.equal(kept, valid) or (self.net.has_batch_norm and not bool(valid.all())):
             index, valid = kept_only(index, kept)
         batch = self._batch(index, valid)
         losses, gradients = self._repeatable(batch)

@@ -33,7 +33,7 @@ from demem_lab.guarantees import Guarantee
 from demem_lab.live import Watch
 from demem_lab.networks import Network
 from demem_lab.precision import Precision, resolve
-from demem_lab.recipe import MODULES, Job, Recipe, check
+from demem_lab.recipe import MODULES, Job, Recipe, apart, check
 from demem_lab.sampling import Poisson
 from demem_lab.state import State
 from demem_lab.store import Store, code_version
@@ -147,6 +147,7 @@ class _Run:
     def chunks(self) -> list[dict[str, np.ndarray]]:
         job, store = self.job, self.store
         size = self._size() if self.chunk is None else integer("chunk", self.chunk, low=1)
+        size = 1 if apart(job.recipe, job.members) else size
         rows = [list(range(i, min(i + size, job.models))) for i in range(0, job.models, size)]
         parts = [job.part(r) for r in rows]
         kept = {i: self._get(part) for i, part in enumerate(parts)}

@@ -54,7 +54,8 @@ def test_every_number_by_hand(runs):
             for s, m in zip(run.scores[query], run.members, strict=True):
                 out = np.sort(s[~m])[::-1]
                 per_model.append((s[m & inside] > out[int(fpr * len(out))]).mean())  # one global threshold
-                accused[query].append((s[~m & inside] > out[int(fpr * len(out))]).mean())
+                reached = [(out >= a).sum() - 1 <= int(fpr * len(out)) for a in s[~m & inside]]  # by the others, itself apart
+                accused[query].append(np.mean(reached))
                 areas[query].append((s[m & inside][:, None] > s[~m & inside]).mean())
             rates[query] = np.mean(per_model)
             assert found[group, f"leak {query}"] == pytest.approx(rates[query])

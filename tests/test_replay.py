@@ -354,7 +354,7 @@ def test_a_recording_that_breaks_off_leaves_the_card_as_it_was(monkeypatch, fail
     with nullcontext() if raised is None else pytest.raises(RuntimeError, match=raised):
         replay.recorded(lambda: card.tell("compute"), "pool", SimpleNamespace(index=0))
     assert card.said == said
-    assert not replay._one_at_a_time.locked()
+    assert not replay.one_at_a_time.locked()
 
 
 class _Recorded:

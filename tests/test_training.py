@@ -262,6 +262,38 @@ def test_convolutional_models_train_with_every_kind_of_mechanism(digits, spec):
         assert np.isfinite(outputs(train(digits, members, chosen, seeds=(0, 1)), digits)).all()
 
 
+def normed(norm, members, seeds, *, change=False, mechanism=None, **how):
+    x = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    if change:  # of samples that are nobody's members
+        x = torch.where(members.any(0)[:, None, None, None], x, 1 - x)
+    images = data.Dataset("made", x, torch.arange(20) % 4, tuple("abcd"), "made", 0.1)
+    settings = Recipe(
+        model=ResNet18(width=4, norm=norm), mechanism=mechanism or Plain(), sampler=Shuffled(6), epochs=2, optimizer=SGD(lr=0.1),
+    )
+    return train(images, members, settings, seeds=seeds, dtype=torch.float64, **how)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_who_is_no_member_is_not_even_seen(norm):
+    ten = torch.arange(20)[None] < 10  # the second batch of an epoch has room for two more
+    one, other = (normed(norm, ten, (1,), change=change) for change in (False, True))
+    assert one.steps == 4 and distance(one, other) == 0
+
+
+@pytest.mark.parametrize(("mechanism", "members"), [
+    (Drop(torch.arange(20) % 5 == 0), member_masks(20, 2, seed=0)),
+    (Plain(), torch.stack([torch.arange(20) < n for n in (10, 13)])),
+])
+def test_batch_norm_of_one_model_does_not_see_what_fills_up_another_ones_batch(mechanism, members):
+    together = normed("batch", members, (1, 2), mechanism=mechanism, chunk=2)
+    for m in range(2):
+        alone = normed("batch", members[m : m + 1], (1 + m,), mechanism=mechanism)
+        if len(set(members.sum(1).tolist())) == 1:  # else the number of steps is another one
+            assert all(torch.equal(together.parameters[name][m], t[0]) for name, t in alone.parameters.items())
+    apart = normed("batch", members, (1, 2), mechanism=mechanism, chunk=1)
+    assert distance(together, apart) == 0
+
+
 def test_batch_norm_trains_without_a_guarantee(digits):
     members = member_masks(digits.n, 2, seed=0)
     chosen = Recipe(model=ResNet18(width=8, norm="batch"), mechanism=DPSGD(1.0), sampler=Shuffled(20), epochs=0.4)
