@@ -319,14 +319,15 @@ class _Pairs(Network):
         channels = (shape[0], w, w, 2 * w, 2 * w, 4 * w, 4 * w)
         self.conv = nn.ModuleList(_conv(models, a, b) for a, b in itertools.pairwise(channels))
         self.norm = nn.ModuleList(norm(models, b) for b in channels[1:])
-        self.out = Linear(models, 4 * w * (shape[1] // 8) * (shape[2] // 8), classes, gain=OUT_GAIN)
+        self.out = Linear(models, 4 * w, classes, gain=OUT_GAIN)
 
     def body(self, x: Tensor) -> Tensor:
         h = side_by_side(x, self.models)
         for number, (conv, norm) in enumerate(zip(self.conv, self.norm, strict=True)):
             h = F.relu(norm(conv(h)))
             h = F.max_pool2d(h, 2) if number % 2 else h
-        return self.out(h.unflatten(1, (self.models, -1)).transpose(0, 1).flatten(2)).flatten(0, 1)
+        # the mean of each channel, as in ResNet: from 2,048 features the first steps are so long that nothing is learnt after
+        return self.out(h.mean((2, 3)).unflatten(1, (self.models, -1)).transpose(0, 1)).flatten(0, 1)
 
 
 def _conv(models: int, inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> Conv:
