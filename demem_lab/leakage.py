@@ -209,15 +209,18 @@ def by_group(
 def canaries(scores: np.ndarray, member: np.ndarray, planted: np.ndarray, *, fpr: float) -> dict[str, float | int | None]:
     """How far planted worst cases (for instance mislabelled samples) are given away: bool [N] `planted`.
 
-    "at the global threshold": as the attacker of everybody would find them; "among canaries": told apart from canaries
-    that were left out, the measure of Aerni, Zhang & Tramer (CCS 2024), None where those cannot resolve `fpr`.
+    "at the global threshold": as the attacker of everybody would find them; "accused": canaries that were left out, beyond
+    that same threshold, which is what guessing finds; "among canaries": told apart from those left out, the measure of Aerni,
+    Zhang & Tramer (CCS 2024), None where they cannot resolve `fpr`.
     """
     scores, member = _checked(scores, member)
     planted = _flags("planted", planted, member)
     everybody = evaluate(scores, member, fprs=(fpr,), subset=planted)
     alone = evaluate(scores[:, planted], member[:, planted], fprs=(fpr,))
+    found = everybody.tpr_at(fpr)
     return {
-        "canaries": int(planted.sum()), "at the global threshold": everybody.tpr_at(fpr), "among canaries": alone.tpr_at(fpr),
+        "canaries": int(planted.sum()), "at the global threshold": found,
+        "accused": None if found is None else float(everybody.accused.mean()), "among canaries": alone.tpr_at(fpr),
         "auc among canaries": float(alone.auc.mean()),
     }
 

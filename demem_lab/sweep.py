@@ -31,6 +31,7 @@ from demem_lab.validate import finite, integer
 COLUMNS = {  # column of the plane <- (group, metric)
     "accuracy": ("all", "accuracy"), "robust": ("all", "robust"), "leak": ("all", "leak"), "auc": ("all", "auc"),
     "leak, high risk": ("high risk", "leak"), "leak, rest": ("rest", "leak"),
+    "accused": ("all", "accused"), "accused, high risk": ("high risk", "accused"), "accused, rest": ("rest", "accused"),
     "robust, high risk": ("high risk", "member robust"), "robust, rest": ("rest", "member robust"),
 }
 
@@ -172,12 +173,15 @@ class Recommendation:
     target: float
     fpr: float
     point: dict | None  # of the plane; None when no point of it meets the target
-    judged: dict[str, Interval]  # group -> members found on the held-out seeds; high is the one-sided 95 % limit
+    judged: dict[str, Interval]  # group -> found beyond the accused on the held-out seeds; high is the one-sided 95 % limit
     cost: Interval | None  # robust accuracy lost to plain training, on the held-out seeds
     holds: bool
 
     def __str__(self) -> str:
-        goal = f"no group of which more than {self.target:.1%} of the members are found at {self.fpr:.0%} false positives"
+        goal = (
+            f"no group of which, at {self.fpr:.0%} false positives, more than {self.target:.1%} of the members are found beyond "
+            "its accused non-members"
+        )
         if self.point is None:
             return f"None of the settings tried reaches the target ({goal})."
         p = self.point
@@ -187,7 +191,7 @@ class Recommendation:
         return (
             f"Least costly on the plane: noise multiplier {p['noise_multiplier']:g}, {p['protected']} samples protected "
             f"(risk threshold {p['risk_threshold']:.3g}), for {goal}. {verdict} on {found.n} held-out seeds: the worst group, "
-            f"{worst}, has {found.mean:.1%} found, upper 95 % limit {found.high:.1%}; "
+            f"{worst}, has {found.mean:.1%} found beyond the accused, upper 95 % limit {found.high:.1%}; "
             f"robust accuracy lost {100 * self.cost.mean:.1f} points. {p['guarantee']}"
         )
 
@@ -200,15 +204,17 @@ def recommend(
 
     Groups: all, high risk, rest. ONE setting is chosen, on the plane's seed; it is then trained at all seeds of `lab`, and
     only those other than the plane's judge it, so nothing was picked by what judges. It holds when each group's one-sided
-    95 % limit over those seeds is at most `target` (all must pass, so no correction is needed). Leak is what the threshold
-    finds: of hard samples it finds more than the false positive rate, members or not, and a lower target is never met.
+    95 % limit over those seeds is at most `target` (all must pass, so no correction is needed). A group's leak is the share
+    of its members found beyond that of its non-members accused: the threshold finds hard samples more often, members or not,
+    and no treatment lowers that.
     """
     finite("target", target, low=0, high=1)
     held_out = [seed for seed in lab.seeds if seed != plane.seed]
     if len(held_out) < 2:
         raise ValueError(f"judging takes at least 2 seeds beside the plane's ({plane.seed}), got {held_out}; use more seeds")
-    leaks = ["leak", "leak, high risk", "leak, rest"]
-    passing = plane.points[(plane.points[leaks].astype(float) <= target).all(axis=1)]
+    p = plane.points
+    beyond = [p["leak" + group].astype(float) - p["accused" + group].astype(float) for group in ("", ", high risk", ", rest")]
+    passing = p[np.all([leak <= target for leak in beyond], axis=0)]
     if not len(passing):
         return Recommendation(target, plane.fpr, None, {}, None, False)
     point = passing.loc[passing["robust"].astype(float).idxmax()].to_dict()
@@ -231,7 +237,7 @@ def recommend(
     report = compare(judging, groups=groups, fpr=plane.fpr)
     judged = {}
     for group in ("all", "high risk", "rest"):
-        values = report.values(judging[0].name, "leak", group)
+        values = report.values(judging[0].name, "beyond", group)
         # level 0.9 two-sided is 0.95 one-sided
         judged[group] = seed_interval(values, level=0.9)
     plain = compare([run for run in lab.arm("none") if run.seed in held_out], fpr=plane.fpr)
@@ -243,7 +249,7 @@ def recommend(
 class Onion:
     """What happened as layer upon layer was protected."""
 
-    steps: pd.DataFrame  # one row a step: layers, protected, the worst group, what leaks, what is kept
+    steps: pd.DataFrame  # one row a step: layers, protected, the worst group, its leak beyond the accused, what is kept
     target: float
     reached: bool  # no group's mean leak over seeds is above the target
     runs: list[list[Run]]  # of each step, a run a seed
@@ -285,7 +291,7 @@ def onion(
         tenths = {seed: risk.deciles(score) for seed, score in scores.items()}
         report = compare(runs, groups=lambda seed, t=tenths: {f"tenth {g + 1}": t[seed] == g for g in range(10)})
         name = runs[0].name
-        leaks = {f"tenth {g}": report.interval(name, "leak", f"tenth {g}") for g in range(1, 11)}
+        leaks = {f"tenth {g}": report.interval(name, "beyond", f"tenth {g}") for g in range(1, 11)}
         worst = max(leaks, key=lambda group: leaks[group].mean)
         rows.append({
             "layers": layers, "protected": float(np.mean([int(c.sum()) for c in covered.values()])), "worst group": worst,

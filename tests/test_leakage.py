@@ -320,6 +320,10 @@ def test_canaries_show_the_worst_case():
     assert told["at the global threshold"] > 0.95 and told["among canaries"] > 0.95 and told["canaries"] == 200
     silent = lk.canaries(scores, member, planted, fpr=0.1)
     assert silent["among canaries"] < 0.25 and abs(silent["auc among canaries"] - 0.5) < 0.1
+    assert told["accused"] < 0.2 and abs(silent["accused"] - silent["at the global threshold"]) < 0.1
+    scattered = lk.canaries(scores * np.where(planted, 4.0, 1.0), member, planted, fpr=0.1)  # hard ones: found as members or not
+    assert scattered["at the global threshold"] > 0.2
+    assert abs(scattered["accused"] - scattered["at the global threshold"]) < 0.1
     assert lk.canaries(scores, member, np.arange(600) < 40, fpr=0.1)["among canaries"] is None
 
 
