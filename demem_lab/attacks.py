@@ -13,6 +13,7 @@ Sources: FGSM (Goodfellow et al. 2015), PGD (Madry et al. 2018), AutoAttack (Cro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -69,6 +70,9 @@ class PGD:
         integer("steps", self.steps, low=1)
         integer("restarts", self.restarts, low=1)
         choice("norm", self.norm, ("linf", "l2"))
+        if self.restarts > 1 and not self.random_start:
+            fix = "set random_start=True, or restarts=1"
+            raise ValueError(f"{self.restarts} restarts without a random start repeat one attack; {fix}")
         if self.step_size is not None:
             finite("step_size", self.step_size, low=0)
 
@@ -76,7 +80,12 @@ class PGD:
         self, net: nn.Module, x: Tensor, y: Tensor, *, rng: Streams | torch.Generator | None = None,
         loss: Loss = cross_entropy, start: Tensor | None = None,
     ) -> Tensor:
-        """Moved images, shaped like x. `start` replaces the random start (then `rng` is not used)."""
+        """Moved images, shaped like x. `start` replaces the random start (then `rng` is not used).
+
+        ValueError for pixels outside [0, 1], unless rng is a `Streams`: then it is training, whose data are known.
+        """
+        if not isinstance(rng, Streams) and start is None:
+            images(x)
         with frozen(net):
             best = self._ascend(net, x, y, rng, loss, start)
             for r in range(1, self.restarts):
@@ -143,7 +152,8 @@ class NFGSM:
     """One step of eps from uniform noise of k * eps around the image, NOT projected back (de Jorge et al. 2022).
 
     For training only: the image leaves the ball of radius eps (by up to k * eps), which is what keeps single-step training
-    from catastrophic overfitting. It stays in [0, 1].
+    from catastrophic overfitting. Noise and step are each clamped to [0, 1], as in the authors' public code; unlike there the
+    step's gradient is taken in evaluation mode, as in all attacks here.
     """
 
     eps: float
@@ -156,7 +166,7 @@ class NFGSM:
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, *, rng=None, loss: Loss = cross_entropy) -> Tensor:
         """Moved images, shaped like x."""
         uniform = rng.uniform_rows(x) if isinstance(rng, Streams) else _rand(x, rng)
-        z = x + (2 * uniform - 1) * self.k * self.eps
+        z = (x + (2 * uniform - 1) * self.k * self.eps).clamp_(0, 1)
         with frozen(net):
             slope = image_slope(net, z, y, loss)
         return (z + self.eps * slope.sign()).clamp_(0, 1)
@@ -224,31 +234,40 @@ def frozen(net):
                 p.requires_grad_(needed)
 
 
-@torch.no_grad()
 def predictions(net: nn.Module, x: Tensor) -> Tensor:
     """Predicted labels [B] in evaluation mode."""
     with frozen(net), torch.no_grad():
         return net(x).argmax(-1)
 
 
-def withstands(net, x: Tensor, y: Tensor, attacks: Sequence[PGD], *, rng=None) -> Tensor:
+def _right(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """bool [B]: classified correctly. An answer with NaN or infinity in it is none: argmax would call NaN the largest."""
+    with frozen(net), torch.no_grad():
+        logits = net(x)
+    return (logits.argmax(-1) == y) & logits.isfinite().all(-1)
+
+
+def withstands(
+    net, x: Tensor, y: Tensor, attacks: Sequence[PGD], *, rng=None, losses: Sequence[Loss] = (cross_entropy,)
+) -> Tensor:
     """bool [B]: rows classified correctly as they are and after EVERY attack and restart (point-wise worst case).
 
-    Rows already fooled are dropped from later attempts: they are decided. Only possible for a single model (M = 1).
+    Each attack climbs each of `losses` in turn; with `margin` among them a saturated softmax cannot blind it. Rows already
+    fooled are dropped from later attempts: they are decided. Only possible for a single model (M = 1).
     """
     _check_judges(attacks)
     if getattr(net, "models", 1) != 1:
         raise ValueError(f"robust accuracy with early exit takes one model at a time, got {net.models}")
-    standing = predictions(net, x) == y
-    for number, attack in enumerate(attacks):
+    standing = _right(net, x, y)
+    for (number, attack), loss in itertools.product(enumerate(attacks), losses):
         for restart in range(attack.restarts):
             rows = standing.nonzero().flatten()
             if not len(rows):
                 return standing
             one = replace(attack, restarts=1)
             own = rng.fork(f"{number}.{restart}") if isinstance(rng, Streams) else rng
-            moved = one(net, x[rows], y[rows], rng=own)
-            standing[rows] = predictions(net, moved) == y[rows]
+            moved = one(net, x[rows], y[rows], rng=own, loss=loss)
+            standing[rows] = _right(net, moved, y[rows])
     return standing
 
 
@@ -265,10 +284,12 @@ def _check_judges(attacks: Sequence[PGD]) -> None:
             )
 
 
-def robust_accuracy(net, x: Tensor, y: Tensor, attacks: Sequence[PGD], *, rng=None) -> float:
-    """Fraction of images that withstand all `attacks`. ValueError for pixels outside [0, 1] or labels out of range."""
+def robust_accuracy(
+    net, x: Tensor, y: Tensor, attacks: Sequence[PGD], *, rng=None, losses: Sequence[Loss] = (cross_entropy,)
+) -> float:
+    """Fraction of images that `withstands` finds standing. ValueError for pixels outside [0, 1] or labels out of range."""
     check_query(net, x, y)
-    return withstands(net, x, y, attacks, rng=rng).double().mean().item()
+    return withstands(net, x, y, attacks, rng=rng, losses=losses).double().mean().item()
 
 
 def autoattack(
@@ -283,8 +304,9 @@ def autoattack(
     check_query(net, x, y)
     choice("norm", norm, ("linf", "l2"))
     if store is not None and isinstance(net, nn.Module):
-        plain = {name: v for name, v in vars(net).items() if isinstance(v, (int, float, str)) and name != "training"}
-        config = {"weights": dict(net.state_dict()), "network": f"{net}", "settings": plain}
+        with frozen(net), torch.no_grad():
+            answers = net(x)  # what weights and the module's text do not say, such as an inner module's constants, shows here
+        config = {"weights": dict(net.state_dict()), "network": f"{net}", "answers": answers}
         config |= {"x": x, "y": y, "eps": eps, "norm": norm}
 
         def compute():
@@ -304,6 +326,8 @@ def autoattack(
         judge = AutoAttack(
             model=net, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, version="standard", device=str(x.device), seed=0
         )
+        # as many as it has wrong classes; the standard's nine fail where there are fewer
+        judge.apgd_targeted.n_target_classes = judge.fab.n_target_classes = min(9, classes - 1)
         return judge.run_standard_evaluation(x, y, batch_size=batch_size)[0].detach()
 
 

@@ -72,7 +72,7 @@ def audit(
         if not autoattack:
             skipped["AutoAttack"] = "not asked for; give eps and autoattack=N, how many of the non-members it is run on"
         outputs = outputs_from_arrays(asked.arrays, source=name or type(subject).__name__)
-        robustness, graded, how = asked.robustness, asked.graded, asked.how
+        robustness, graded, how, notes = asked.robustness, asked.graded, asked.how, [*asked.warnings]
     elif members is not None or non_members is not None or eps is not None or autoattack:
         raise ValueError("members, non_members, eps and autoattack belong to a torch.nn.Module; arrays bring their own outputs")
     else:
@@ -102,7 +102,7 @@ def audit(
         curves[f"{attack_name} / {query}"] = curve
         rate = entry["tpr_at_fpr"][f"{shown[-1]:g}"]["estimate"]
         if best is None or rate > best[0]:
-            best = rate, attack_name, query, scores
+            best = rate, scores
         by_kind = (attack_name == "lira_online", attack_name == "lira_offline", attack_name == "loss")
         place = (*by_kind, query == "combined", query == "adversarial")
         if fixed is None or place > fixed[0]:
@@ -111,11 +111,10 @@ def audit(
     rows = _groups(outputs, chosen_scores, score, shown[-1], groups or {}, skipped)
     for row in rows:
         row |= {"attack": chosen[0], "query": chosen[1], "fpr": shown[-1]}
-    _, attack_name, query, scores = best
     return AuditReport(
         name=name or outputs.source, attacks=measured, utility=_utility(outputs), robustness=_robustness(outputs) | robustness,
-        groups=rows, canaries={} if planted is None else canaries(scores, member, planted, fpr=shown[-1]),
-        guarantee=_promised(guarantee), reliable=_reliable(scores, member, attack_name, query, shown[-1], skipped),
+        groups=rows, canaries={} if planted is None else canaries(best[-1], member, planted, fpr=shown[-1]),
+        guarantee=_promised(guarantee), reliable=_reliable(*chosen, chosen_scores, member, shown[-1], skipped),
         empirical=_empirical(*chosen, chosen_scores, member, delta, independent_coins, skipped),
         skipped=skipped, curves=curves,
         obtained=_obtained(outputs, shown, prior) | how, warnings=[*outputs.warnings, *notes],
@@ -280,14 +279,15 @@ def _promised(guarantee: object) -> str:
     return str(guarantee) if ours else f"{guarantee} (as stated by whoever asked for this report; not checked here)"
 
 
-def _reliable(scores, member, attack: str, query: str, fpr: float, skipped: dict[str, str]) -> dict:
-    """The share of the samples that the strongest attack finds whichever model is the target."""
+def _reliable(attack: str, query: str, scores, member, fpr: float, skipped: dict[str, str]) -> dict:
+    """The share of the samples that the attack of `_groups` finds whichever model is the target."""
     if len(member) < 4 or not member.any(0).all() or member.all(0).any():
         skipped["samples attacked reliably"] = "that takes at least 4 targets, with and without every sample"
         return {}
     found = reliably_found(scores, member, fpr=fpr, share=RELIABLE)
     return {"attack": attack, "query": query, "fpr": fpr, "share_of_targets": RELIABLE, "fraction": found.fraction,
-            "never_found": float((found.hit == 0).mean()), "targets": len(member)}
+            "by_chance": found.by_chance, "never_found": float((found.hit == 0).mean()),
+            "targets_with_the_sample": [int(member.sum(0).min()), int(member.sum(0).max())]}
 
 
 def _empirical(attack: str, query: str, scores, member, delta: float, coins: bool, skipped) -> dict:

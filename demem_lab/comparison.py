@@ -23,7 +23,7 @@ Groups = Callable[[int], Mapping[str, np.ndarray]]  # seed -> {name: bool [N]}
 METRICS = {
     "accuracy": "clean accuracy, non-members", "robust": "robust accuracy (PGD), non-members",
     "member accuracy": "clean accuracy, members", "member robust": "robust accuracy (PGD), members",
-    "leak": "true positive rate of LiRA, the larger of clean and adversarial queries",
+    "leak": "true positive rate of LiRA, by the one of clean and adversarial queries that finds more beyond the accused",
     "leak clean": "true positive rate of LiRA, clean queries", "leak adversarial": "the same, adversarial queries",
     "accused": "share of the non-members that the same threshold accuses, the query as for the leak",
     "beyond": "leak minus accused: what membership gives away, and not only being hard",
@@ -71,10 +71,11 @@ def measure(run: Run, groups: Mapping[str, np.ndarray] | None = None, *, fpr: fl
             if rate is not None:
                 out[name, f"leak {query}"] = rate
         if (name, "leak clean") in out:
-            stronger = max(found, key=lambda query: out[name, f"leak {query}"])
+            accused = {query: float(leakage.accused.mean()) for query, leakage in found.items()}  # NaN: nobody to accuse
+            stronger = max(found, key=lambda query: out[name, f"leak {query}"] - np.nan_to_num(accused[query]))
             out[name, "leak"] = out[name, f"leak {stronger}"]
-            if np.isfinite(found[stronger].accused).all():
-                out[name, "accused"] = float(found[stronger].accused.mean())
+            if np.isfinite(accused[stronger]):
+                out[name, "accused"] = accused[stronger]
         areas = [float(leakage.auc.mean()) for leakage in found.values()]
         if np.isfinite(areas).all():
             out[name, "auc"] = max(areas)
@@ -124,8 +125,10 @@ class Comparison:
         return seed_interval(a - b)
 
     def change(self, arm: str, other: str, metric: str, group: str = "all") -> Interval:
-        """The same relative to `other`, as a fraction of it: -0.1 is a tenth less."""
+        """The same relative to `other`, as a fraction of it: -0.1 is a tenth less. ValueError where that is 0 at some seed."""
         a, b = self._paired(arm, other, metric, group)
+        if not b.all():
+            raise ValueError(f"{metric!r} of group {group!r} is 0 for {other!r} at some seed, and nothing is a fraction of that")
         return seed_interval((a - b) / b)
 
     def _paired(self, arm: str, other: str, metric: str, group: str) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+import scipy  # its stats take half a second, and load when first asked for
 
 from demem_lab.intervals import Interval, proportion, rate_limits, seed_interval
 from demem_lab.validate import choice, finite, flags
@@ -232,6 +233,7 @@ class Reliability:
     hit: np.ndarray  # [N] share of the targets with the sample that find it at the false positive rate asked for
     false_alarm: np.ndarray  # [N] share of the targets without it that accuse it
     fraction: float  # of the samples: found by at least `share` of their targets and accused by no more than 1 - share
+    by_chance: float  # the same fraction, if every target accused everybody with probability `fpr`, apart from the others
 
 
 def reliably_found(scores: np.ndarray, member: np.ndarray, *, fpr: float, share: float = 0.9) -> Reliability:
@@ -256,7 +258,10 @@ def reliably_found(scores: np.ndarray, member: np.ndarray, *, fpr: float, share:
         row[:] = s > negative[last] if last >= 0 else True
     hit = (accused & member).sum(0) / member.sum(0)
     alarm = (accused & ~member).sum(0) / (~member).sum(0)
-    return Reliability(hit, alarm, float(((hit >= share) & (alarm <= 1 - share + 1e-12)).mean()))
+    inside, without = member.sum(0), (~member).sum(0)
+    luck = scipy.stats.binom.sf(np.ceil(share * inside - 1e-9) - 1, inside, fpr)
+    luck *= scipy.stats.binom.cdf(np.floor((1 - share) * without + 1e-9), without, fpr)
+    return Reliability(hit, alarm, float(((hit >= share) & (alarm <= 1 - share + 1e-12)).mean()), float(luck.mean()))
 
 
 def roc(scores: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -100,7 +100,7 @@ def rmia(
     ((1 + a) p_out + 1 - a) / 2 with a = `offline_a`. With a `population` (bool [N]) the score is the fraction of it whose
     ratio, times gamma, x's ratio reaches. Without one it is the ratio itself, which orders one target's samples alike.
     In the paper several queries vote, here their confidences are averaged; p is the plain softmax of the label.
-    Raises ValueError where a p is no probability, or a sample lacks an out-reference.
+    Raises ValueError where a p is no probability, or a sample lacks an out-reference (or an in-reference, unless offline).
     """
     finite("gamma", gamma, low=0)
     signal, member = _checked(p, member)
@@ -114,7 +114,13 @@ def rmia(
     if outside.count.min() < 1:
         raise ValueError("RMIA needs an out-reference for every sample and target; train at least 4 models")
     if offline_a is None:
-        mean = (_moments(p, member, other).mean + outside.mean) / 2
+        inside = _moments(p, member, other)
+        if inside.count.min() < 1:
+            raise ValueError(
+                "RMIA needs an in-reference for every sample and target; train at least 4 models in complementary halves, or "
+                "give offline_a (0.3 in the paper for CIFAR-10)"
+            )
+        mean = (inside.mean + outside.mean) / 2
     else:
         finite("offline_a", offline_a, low=0, high=1)
         mean = ((1 + offline_a) * outside.mean + 1 - offline_a) / 2

@@ -312,12 +312,14 @@ MISTAKES: dict[str, dict[str, Callable]] = {
         "no projection: the image may leave the ball around x":
             lambda net, x, y, eps, noise: solutions.project(solutions.n_fgsm(net, x, y, eps, noise), x, eps),
         "the noise is the start: take the gradient THERE, not at the clean image":
-            lambda net, x, y, eps, noise: (x + noise + eps * _slope(net, x, y).sign()).clamp(0, 1),
+            lambda net, x, y, eps, noise: ((x + noise).clamp(0, 1) + eps * _slope(net, x, y).sign()).clamp(0, 1),
+        "clamp x + noise to [0, 1] before the gradient, too: the network is promised pixels":
+            lambda net, x, y, eps, noise: (x + noise + eps * _slope(net, x + noise, y).sign()).clamp(0, 1),
         "the noise is the start, not an addition to the clean image's step":
             lambda net, x, y, eps, noise: (solutions.fgsm(net, x, y, eps) + noise).clamp(0, 1),
         "this forgets the noise": lambda net, x, y, eps, noise: solutions.fgsm(net, x, y, eps),
         "the sign of the gradient is turned: this goes DOWN the loss":
-            lambda net, x, y, eps, noise: (x + noise - eps * _slope(net, x + noise, y).sign()).clamp(0, 1),
+            lambda net, x, y, eps, noise: ((z := (x + noise).clamp(0, 1)) - eps * _slope(net, z, y).sign()).clamp(0, 1),
     },
     "modified_entropy": {
         "this is the plain entropy, which does not know the label": lambda p, y: -(p * np.log(p)).sum(),

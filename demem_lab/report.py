@@ -222,10 +222,14 @@ def _section(report: AuditReport, anchor: str) -> str:
 
 
 def _reliably(found: Mapping) -> str:
+    if "by_chance" not in found:
+        return "Who is attacked reliably was counted by an attack chosen by its luck: write the report anew."
+    few, many = found["targets_with_the_sample"]
     return (
-        f"{_percent(found['fraction'])} of the samples are attacked reliably: at least {found['share_of_targets']:.0%} of the "
-        f"{found['targets']} targets that could give them away do, at {_percent(found['fpr'])} false positives "
-        f"({found['attack']}, {found['query']} queries), and hardly any other accuses them; "
+        f"{_percent(found['fraction'])} of the samples are attacked reliably, at {_percent(found['fpr'])} false positives "
+        f"({found['attack']}, {found['query']} queries): at least {found['share_of_targets']:.0%} of the "
+        f"{few if few == many else f'{few} to {many}'} targets that trained on them give them away, and hardly any other "
+        f"accuses them. By chance it would be {_percent(found['by_chance'])}, were all samples equally likely to be accused; "
         f"{_percent(found['never_found'])} are given away by no target."
     )
 

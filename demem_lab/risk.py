@@ -46,7 +46,8 @@ def memorization(p: np.ndarray, member: np.ndarray) -> MemorizationScore:
     """Memorization of each sample from p [M, N] (probability of the right label, or 0/1 for right) and member [M, N].
 
     Raises ValueError when a sample has no in- or no out-model. The standard error is NaN-free: with one model on a side
-    that side's variance is taken as 1/4, the largest a value in [0, 1] can have.
+    that side's variance is taken as 1/4, the largest a value in [0, 1] can have. Of 0/1 it is that of a proportion with half
+    a success and half a failure more: agreement of all models is not certainty.
     """
     p, member = np.asarray(p, dtype=np.float64), np.asarray(member, dtype=bool)
     if p.shape != member.shape or p.ndim != 2:
@@ -57,8 +58,13 @@ def memorization(p: np.ndarray, member: np.ndarray) -> MemorizationScore:
     if inside.min() < 1 or outside.min() < 1:
         raise ValueError("every sample needs at least one model with it and one without; use complementary halves")
 
+    binary = bool(((p == 0) | (p == 1)).all())
+
     def side(who: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean = np.where(who, p, 0).sum(0) / count
+        if binary:
+            likely = (mean * count + 0.5) / (count + 1)
+            return mean, np.where(count > 1, likely * (1 - likely), 0.25) / count
         squares = np.where(who, (p - mean) ** 2, 0).sum(0)
         return mean, np.where(count > 1, squares / np.maximum(count - 1, 1), 0.25) / count
 
@@ -176,7 +182,10 @@ def deciles(score: np.ndarray, *, groups: int = 10) -> np.ndarray:
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> Interval:
-    """Spearman's correlation with Fisher's interval (standard error by Bonett & Wright 2000)."""
+    """Spearman's correlation with Fisher's interval (standard error by Bonett & Wright 2000).
+
+    Equal orders, where that interval has no width, get the interval of orders that differ in one pair of neighbours.
+    """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if len(a) < 4 or len(a) != len(b):
         raise ValueError(f"a rank correlation needs two lists of the same length, at least 4, got {len(a)} and {len(b)}")
@@ -184,8 +193,9 @@ def rank_correlation(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> In
         raise ValueError("a constant list has no ranks to correlate")
     rho = float(scipy.stats.spearmanr(a, b).statistic)
     half = scipy.stats.norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (len(a) - 3))
-    z = np.arctanh(np.clip(rho, -1 + 1e-15, 1 - 1e-15))  # identical orders have an infinite z
-    return Interval(rho, float(np.tanh(z - half)), float(np.tanh(z + half)), len(a))
+    most = 1 - 12 / (len(a) * (len(a) ** 2 - 1))
+    z = np.arctanh(np.clip(rho, -most, most))
+    return Interval(rho, min(rho, float(np.tanh(z - half))), max(rho, float(np.tanh(z + half))), len(a))
 
 
 def precision_at_top(proxy: np.ndarray, score: np.ndarray, *, fraction: float, level: float = 0.95) -> Interval:

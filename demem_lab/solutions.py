@@ -113,7 +113,7 @@ def until(score, power):
 
 def n_fgsm(net, x, y, eps, noise):
     """x + noise + eps * sign(gradient there), inside [0, 1], not projected to the ball."""
-    z = (x + noise).requires_grad_()
+    z = (x + noise).clamp(0, 1).requires_grad_()
     loss = F.cross_entropy(net(z), y, reduction="sum")
     (slope,) = torch.autograd.grad(loss, z)
     return (z.detach() + eps * slope.sign()).clamp(0, 1)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from demem_lab import farm
-from demem_lab.attacks import NFGSM, PGD, autoattack, check_query, frozen, predictions, withstands
+from demem_lab.attacks import NFGSM, PGD, autoattack, check_query, cross_entropy, frozen, margin, predictions, withstands
 from demem_lab.signals import label_robustness
 from demem_lab.validate import instance, integer
 
@@ -32,6 +32,7 @@ class Asked:
     robustness: dict[str, float]
     graded: np.ndarray | None  # [N], members first: share of the radii up to eps that a sample withstands
     how: dict[str, str]
+    warnings: tuple[str, ...] = ()
 
 
 def load_weights(net, path: str | Path):
@@ -82,6 +83,7 @@ def ask(
 
 def _asked(net, sides: Mapping, eps, attack, autoattack_on: int, where) -> Asked:
     arrays, robustness, graded, how = {}, {}, [], {"query attack": repr(attack) if attack else "none"}
+    still, total = 0, sum(len(x) for x, _ in sides.values())
     graders = [replace(attack, eps=level * attack.eps) for level in LEVELS] if isinstance(attack, PGD) else []
     judges = [attack, replace(attack, steps=2 * attack.steps, restarts=2, random_start=True)] if graders else []
     for side, (x, y) in sides.items():
@@ -94,25 +96,34 @@ def _asked(net, sides: Mapping, eps, attack, autoattack_on: int, where) -> Asked
             part, label = x[start : start + BATCH], y[start : start + BATCH]
             clean.append(_logits(net, part))
             if attack is not None:
-                moved.append(_logits(net, attack(net, part, label, **drawn)))
+                there = attack(net, part, label, **drawn)
+                still += int((there == part).flatten(1).all(1).sum())
+                moved.append(_logits(net, there))
                 nearer = [_logits(net, grader(net, part, label, **drawn)) for grader in graders]
                 graded.append(label_robustness([clean[-1], *nearer, moved[-1]], label.cpu()))
             if judges and side == "nonmember":
                 rng = torch.Generator(where).manual_seed(0)
-                withstood.append(withstands(net, part, label, judges, rng=rng).cpu())
+                # a saturated softmax blinds cross-entropy, the margin sees
+                withstood.append(withstands(net, part, label, judges, rng=rng, losses=(cross_entropy, margin)).cpu())
         arrays |= {f"{side}_logits": np.concatenate(clean), f"{side}_labels": y.cpu().numpy(), f"{side}_inputs": x.cpu().numpy()}
         if moved:
             arrays[f"{side}_adv_logits"] = np.concatenate(moved)
         if withstood:
             robustness["non-members under the query attack and PGD with restarts"] = float(torch.cat(withstood).double().mean())
-            how["PGD with restarts"] = repr(judges[1])
+            how["PGD with restarts"] = f"{judges[1]}, on the cross-entropy and on the margin"
         if side == "nonmember" and autoattack_on:
             part, label = x[:autoattack_on], y[:autoattack_on]
             moved_far = autoattack(net, part, label, eps=eps)
             ok = (predictions(net, part) == label) & (predictions(net, moved_far) == label)
             robustness[f"AutoAttack, the first {autoattack_on} non-members"] = float(ok.double().mean())
             how["AutoAttack"] = f"standard version, Linf radius {eps:g}"
-    return Asked(arrays, robustness, np.concatenate(graded)[None] if graders else None, how)
+    # an attack that finds no slope, or none in reach, asks for the clean image again
+    blind = graders and attack.eps > 0 and still > total / 100
+    told = (
+        f"the query attack left {still / total:.0%} of the images as they were, for want of a slope: its adversarial queries "
+        "are clean ones there, and robust accuracy on them means nothing (gradient masking); believe the margin, or AutoAttack",
+    ) if blind else ()
+    return Asked(arrays, robustness, np.concatenate(graded)[None] if graders else None, how, told)
 
 
 def _logits(net, x) -> np.ndarray:

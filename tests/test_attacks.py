@@ -295,7 +295,11 @@ def test_n_fgsm_is_one_step_from_noise_and_is_not_projected():
     net, (x, y) = TwoClasses(), task()
     found = NFGSM(0.07, k=2.0)(net, x, y, rng=torch.Generator().manual_seed(3))
     uniform = torch.rand(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
-    assert torch.allclose(found, (x + (2 * uniform - 1) * 0.14 + 0.07 * uphill(net, y).sign()).clamp(0, 1))
+    start = (x + (2 * uniform - 1) * 0.14).clamp(0, 1)  # clamped before the slope is taken, so that steps there are not lost
+    assert torch.allclose(found, (start + 0.07 * uphill(net, y).sign()).clamp(0, 1))
+    seen = []
+    NFGSM(0.07)(lambda z: seen.append(z.detach()) or net(z), x, y, rng=torch.Generator().manual_seed(3))
+    assert torch.allclose(seen[0], start)  # the network meets pixels only
     assert (found - x).abs().max() > 0.07 and found.min() >= 0 and found.max() <= 1
     assert torch.allclose(NFGSM(0.07, k=0.0)(net, x, y), FGSM(0.07)(net, x, y))
     streams = Streams((1,), "attack", 0)

@@ -176,9 +176,7 @@ def test_single_step_training_by_its_definition(task, attack, step, reach):
     net, x, y, index = task
     seen = PGDAT(attack)(net, x, y, index, rng=rng())
     z = x + (2 * rng().uniform_rows(x) - 1) * reach * 0.1
-    if isinstance(attack, PGD):
-        z = z.clamp(0, 1)
-    z.requires_grad_()
+    z = z.clamp(0, 1).requires_grad_()
     (slope,) = torch.autograd.grad(F.cross_entropy(net(z), y, reduction="sum"), z)
     moved = z.detach() + step * slope.sign()
     if isinstance(attack, PGD):
