@@ -106,6 +106,8 @@ class TRADES(_OneByOne):
         finite("beta", self.beta, low=0)
         if not isinstance(self.attack, PGD):
             raise ValueError(f"TRADES starts its attack at the clean image, which takes PGD, got {type(self.attack).__name__}")
+        if self.attack.restarts > 1:
+            raise ValueError(f"TRADES has one start, so {self.attack.restarts} restarts repeat one attack; use restarts=1")
 
     def move(self, net, x: Tensor, y: Tensor, rng: Streams) -> Tensor:
         with frozen(net), torch.no_grad():

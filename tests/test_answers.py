@@ -67,7 +67,7 @@ def test_no_attack_is_one_picture(tiny, net):
 def test_paths_that_do_not_exist(tiny, net):
     with pytest.raises(ValueError, match="one image"):
         attack_path(net, tiny.x[:2], tiny.y[:2], FGSM(0.1))
-    for attack in (PGD(0.1, 3), PGD(0.1, 3, random_start=False, restarts=2)):
+    for attack in (PGD(0.1, 3), PGD(0.1, 3, restarts=2)):
         with pytest.raises(ValueError, match="no single path"):
             attack_path(net, tiny.x[:1], tiny.y[:1], attack)
     with pytest.raises(ValueError, match="labels"):

@@ -176,6 +176,38 @@ def test_robust_accuracy_of_real_attacks_equals_attacking_everything():
     assert attacks.robust_accuracy(net, x, y, chosen) == slow.double().mean().item()
 
 
+def test_a_blind_attack_beside_a_seeing_one():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3), type(
+        "Loud", (nn.Module,), {"forward": lambda self, z: 1e6 * z})()).double()
+    x, _ = task(6, 120)
+    y, pgd = net(x).argmax(1), PGD(0.1, 5, random_start=False)
+    blind, both = (attacks.withstands(net, x, y, [pgd], losses=losses) for losses in (
+        (attacks.cross_entropy,), (attacks.cross_entropy, attacks.margin)))
+    alone = net(pgd(net, x, y, loss=attacks.margin)).argmax(1) == y
+    assert torch.equal(both, blind & alone) and blind.double().mean() > both.double().mean() + 0.2
+
+
+def test_an_answer_that_is_no_number_is_not_right():
+    class Broken(nn.Module):
+        def forward(self, x):
+            z = torch.zeros(len(x), 3, dtype=x.dtype)
+            z[:, 1] = float("nan")  # argmax calls it the largest
+            return z + 0 * x.sum()
+
+    x, y = task(1, 12)
+    assert attacks.robust_accuracy(Broken(), x, torch.ones_like(y), [PGD(0.1, 1)]) == 0
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: PGD(0.1, restarts=3, random_start=False), "3 restarts without a random start repeat one attack; set"),
+    (lambda: PGD(0.03)(TwoClasses(), 3 * task()[0] - 1, task()[1]), "pixels must lie in"),
+])
+def test_settings_and_images_that_make_no_attack(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
 def test_robust_accuracy_falls_with_restarts():
     torch.manual_seed(1)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).double()
@@ -257,6 +289,50 @@ def test_autoattack_is_no_weaker_than_pgd_and_kept_for_these_weights_and_images(
         next(net.parameters()).add_(1e-3)
     with pytest.raises(ImportError):
         attacks.autoattack(net, x, y, eps=0.1, store=store)
+
+
+@pytest.mark.parametrize("classes", [4, 6])
+def test_autoattack_has_as_many_targets_as_there_are_wrong_classes(classes):
+    """The standard version asks for nine, which only fails where an image survives the first attack."""
+    pytest.importorskip("pyautoattack", reason="install demem-lab[attacks]")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, classes))
+    x = task(1, 8)[0].float()
+    y = net(x).argmax(1)
+    moved = attacks.autoattack(net, x, y, eps=1e-3)
+    assert (net(moved).argmax(1) == y).all() and (moved - x).abs().max() <= 1e-3 + 1e-6
+
+
+def test_autoattack_of_an_inner_modules_constant_is_computed_anew(store, monkeypatch):
+    """Neither weights nor text say what a plain attribute of an inner module is."""
+    class Shift(nn.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.by = by
+
+        def forward(self, x):
+            return x - self.by
+
+    torch.manual_seed(0)
+    last, x = nn.Linear(16, 4), task(1, 6)[0].float()
+    nets = [nn.Sequential(Shift(by), nn.Flatten(), last) for by in (0.0, 0.5)]
+    judged = []
+
+    class Judge:
+        apgd_targeted = fab = type("Attack", (), {})()
+
+        def __init__(self, model, **_):
+            self.model = model
+
+        def run_standard_evaluation(self, x, y, batch_size):
+            judged.append(self.model)
+            return x, y
+
+    monkeypatch.setitem(sys.modules, "pyautoattack", type(sys)("pyautoattack"))
+    sys.modules["pyautoattack"].AutoAttack = Judge
+    for net in (*nets, *nets):
+        attacks.autoattack(net, x, torch.zeros(6, dtype=torch.int64), eps=0.1, store=store)
+    assert judged == nets
 
 
 def test_autoattack_says_what_is_missing(monkeypatch):

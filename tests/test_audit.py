@@ -310,6 +310,19 @@ def test_a_torch_model_with_its_data(trained):
     assert report.attacks["label_robustness"]["adversarial"]["auc"] == pytest.approx(by_hand.auc[0], abs=1e-3)
 
 
+def test_a_model_that_only_blinds_the_attack_is_not_called_robust(trained):
+    """Logits a thousand times as large: the softmax saturates, its slope is 0, and PGD on the cross-entropy stands still."""
+    net, members, others = trained
+    loud = nn.Sequential(net, type("Loud", (nn.Module,), {"forward": lambda self, z: 1e5 * z})())
+    asked = {"members": members, "non_members": others, "eps": 0.1, "fprs": (0.1,)}
+    quiet, found = audit(net, **asked), audit(loud, **asked)
+    robust = "non-members under the query attack and PGD with restarts"
+    assert found.robustness["non-members, clean and on the adversarial inputs given"] > quiet.robustness[robust] + 0.1  # blinded
+    assert found.robustness[robust] <= quiet.robustness[robust] + 0.05
+    assert any("gradient masking" in text for text in found.warnings) and "gradient masking" in found.to_html()
+    assert not any("gradient masking" in text for text in quiet.warnings)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -384,13 +397,16 @@ def test_report_on_the_command_line(tmp_path):
 def test_who_is_attacked_reliably_stands_in_the_report():
     arrays = ensemble(strength=6.0)
     report = audit(arrays, fprs=(0.1, 0.02))
-    name, query, fpr = report.headline
+    name, query, fpr = "lira_online", "combined", 0.02  # fixed beforehand: `report.headline` was chosen by its luck
     assert (report.reliable["attack"], report.reliable["query"], report.reliable["fpr"]) == (name, query, fpr)
     score = next(how for n, q, how in auditing._attacks(outputs_from_arrays(arrays), None, {}) if (n, q) == (name, query))
     scores = score(auditing.EVERY)
     found = reliably_found(scores, arrays["membership"], fpr=fpr, share=0.9)
     assert report.reliable["fraction"] == found.fraction > 0 and report.reliable["never_found"] == (found.hit == 0).mean()
-    assert "attacked reliably" in report.to_html()
+    assert report.reliable["by_chance"] == found.by_chance
+    assert "90% of the 4 targets that trained on them" in report.to_html() and "By chance it would be" in report.to_html()
+    older = replace(report, reliable={k: v for k, v in report.reliable.items() if k != "by_chance"})
+    assert "write the report anew" in older.to_html()
     assert "at least 4 targets" in audit(single()).skipped["samples attacked reliably"]
 
 

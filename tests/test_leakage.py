@@ -345,6 +345,9 @@ def test_the_same_few_every_time():
     told = scores + 50 * (member & exposed) - 50 * (~member & exposed)
     assert lk.reliably_found(told, member, fpr=0.05).fraction == pytest.approx(0.1)
     assert lk.reliably_found(scores, member, fpr=0.05).fraction == 0
+    few, mask = chance(4, 20_000)
+    lucky = lk.reliably_found(few, mask, fpr=0.1)  # both of two targets, and neither of the other two: 0.1 ** 2 * 0.9 ** 2
+    assert lucky.by_chance == pytest.approx(0.0081) and lucky.fraction == pytest.approx(0.0081, abs=0.002)
     with pytest.raises(ValueError, match="cannot resolve .* that takes 5000"):
         lk.reliably_found(scores, member, fpr=0.001)
     with pytest.raises(ValueError, match="a member of one target"):

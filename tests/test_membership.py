@@ -364,6 +364,7 @@ def test_as_many_models_as_the_message_asks_for_are_enough_and_fewer_are_not(var
     (lambda s, m: mi.lira(s, m, variance="fixed"), "variance"), (lambda s, m: mi.lira(s[:2], m[:2]), "references"),
     (lambda s, m: mi.lira(s[:4], m[:4], variance="per_sample"), "needs 2"),
     (lambda s, m: mi.rmia(0 * s[:2], m[:2]), "out-reference"),
+    (lambda s, m: mi.rmia(0 * s, np.arange(60) % 8 == np.arange(8)[:, None]), "in-reference .* or give offline_a"),
     (lambda s, m: mi.rmia(s, m, gamma=-1.0), "gamma"),
     (lambda s, m: mi.rmia(0 * s, m, population=np.zeros(60, dtype=bool)), "population"),
     (lambda s, m: mi.rmia(s, m), r"p must lie in \[0, 1\], got values from -.*signals.confidence"),

@@ -19,7 +19,7 @@ from demem_lab.objectives import AWP, TRADES
 from demem_lab.optimizers import HalfFlat, StepDecay
 from demem_lab.precision import Precision
 from demem_lab.protocol import PROFILES, Protocol, arms_of, run
-from demem_lab.results import PUBLISHED, Results, kept, measure
+from demem_lab.results import ATTACKS, PUBLISHED, Results, kept, measure
 from demem_lab.signals import confidence, logit_margin
 from demem_lab.streams import key, model_seeds
 
@@ -97,6 +97,8 @@ def test_measuring_equals_a_slow_reading():
             allowed = int(0.05 * len(negative))
             positive = scores[m][members[m] & top]
             assert found[f"{attack}: found at 5 %, at risk"][m] == pytest.approx((positive > negative[allowed]).mean())
+            everybody = [(negative >= a).sum() - 1 <= allowed for a in negative]
+            assert found[f"{attack}: accused at 5 %"][m] == pytest.approx(np.mean(everybody))
             for group, inside in (("at risk", top), ("rest", ~top)):
                 accused = [(negative >= a).sum() - 1 <= allowed for a in scores[m][~members[m] & inside]]  # by all others
                 assert found[f"{attack}: accused at 5 %, {group}"][m] == pytest.approx(np.mean(accused))
@@ -125,7 +127,7 @@ def test_rates_that_the_non_members_cannot_resolve_are_left_out():
 
 
 def test_nothing_to_find_is_found_at_the_rate_of_false_alarms():
-    rates = []
+    rates, beyond = [], []
     for seed in range(12):
         tables, y, members = made_tables(seed)
         rng = np.random.default_rng(100 + seed)
@@ -133,8 +135,10 @@ def test_nothing_to_find_is_found_at_the_rate_of_false_alarms():
             tables[query] = rng.normal(size=tables[query].shape)
         found = measure(tables, y, members, at_risk=np.arange(len(y)) < 100)
         rates.append([np.mean(found["RMIA: AUC"]), np.mean(found["LiRA: AUC"])])
+        beyond.append([np.mean(Results({}, {"a": found}, {}, {}).beyond("a", attack, "5 %")) for attack in ATTACKS])
     # the larger of two queries is taken, so the mean lies a little above one half
     assert np.abs(np.mean(rates, axis=0) - 0.5).max() < 0.02
+    assert np.abs(np.mean(beyond, axis=0)).max() < 0.006
 
 
 def test_what_is_kept_is_not_computed_again_and_arms_can_be_added(done, monkeypatch):
@@ -282,7 +286,7 @@ def hand_made():
 
 
 def test_without_an_attacks_name_the_stronger_one_speaks_for_each_group():
-    results = hand_made()
+    results = hand_made()  # without "accused" of everybody, as older files are: the rate itself is taken
     assert results.stronger("none", "1 %") == "LiRA" and results.stronger("none", "1 %", "rest") == "RMIA"
     assert results.values("none", "found at 1 %") == [0.1, 0.3]  # 0.2 in the mean, RMIA 0.15
     assert results.values("none", "found at 1 %, rest") == results.values("none", "found at 1 %", "rest") == [0.3, 0.1]

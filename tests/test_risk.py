@@ -85,6 +85,26 @@ def test_trace_measures_by_loops():
     assert np.allclose(risk.loss_trace_iqr(trace[2]), risk.loss_trace_iqr(trace[2:3]))
 
 
+def test_agreement_of_a_few_models_on_right_or_wrong_is_not_certainty():
+    """0/1: the interval of two standard errors covers, also where all models agree."""
+    for models in (8, 40):
+        member = np.arange(models)[:, None] % 2 == np.arange(4000) % 2
+        rate_in, rate_out = RNG.uniform(0.9, 1, 4000), RNG.uniform(0, 0.1, 4000)
+        p = RNG.random((models, 4000)) < np.where(member, rate_in, rate_out)
+        found = risk.memorization(p, member)
+        covered = np.abs(found.score - (rate_in - rate_out)) <= 2 * found.standard_error
+        assert covered.mean() > 0.93 and found.standard_error.min() > 0
+    few, many = (risk.memorization(np.arange(m)[:, None] % 2 == np.zeros(1), np.arange(m)[:, None] % 2 == np.zeros(1))
+                 for m in (2, 4))
+    assert few.standard_error[0] > many.standard_error[0] > 0.2
+
+
+def test_equal_orders_of_a_few_are_not_certain():
+    found = risk.rank_correlation(np.arange(5), np.arange(5))
+    assert found.mean == pytest.approx(1) and found.low < 0.5 and found.high == found.mean
+    assert risk.rank_correlation(np.arange(500), -np.arange(500)).high < -0.999
+
+
 def test_rank_correlation_interval_covers():
     rho, hits = 0.6, 0
     truth = 6 / np.pi * np.arcsin(rho / 2)  # Spearman's for two normals
