@@ -58,6 +58,8 @@ class CleanForSome:
     inner: PGDAT
     flagged: torch.Tensor
 
+    row_by_row = True
+
     def __call__(self, net, x, y, index, *, rng, counts=None) -> PerSample:
         moved = self.inner.move(net, x, y, rng)
         moved = torch.where(self.flagged[index][:, None, None, None], x, moved)

@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from demem_lab.validate import choice, finite, integer
 
 VACUOUS = 50.0  # above this RDP epsilon a tighter number changes nothing, and PLD becomes slow
 ACCOUNTANTS = ("PLD", "RDP")
+BELOW = "RDP, here below PLD"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Budget:
 
     epsilon: float
     delta: float
-    accountant: str  # "PLD" (tight) or "RDP" (looser)
+    accountant: str  # "PLD" (tight), "RDP" (looser) or BELOW
     noise_multiplier: float
     sampling_rate: float
     steps: int
@@ -74,7 +75,7 @@ def budget(
     """The budget spent by `steps` noisy sums, each sample in each batch with probability `sampling_rate`.
 
     noise_multiplier: noise std divided by the clipping bound, >= 0; 0 gives NoGuarantee. steps: 0 spends nothing.
-    accountant: "PLD", "RDP" or None for the default rule (PLD unless RDP already says epsilon > 50).
+    accountant: "PLD", "RDP" or None for the default rule (PLD unless RDP already says epsilon > 50, or says less than PLD).
     Raises ValueError for values out of range.
     """
     sigma, rate, steps, delta = _checked(noise_multiplier, sampling_rate, steps, delta)
@@ -89,10 +90,16 @@ def budget(
         if loose == float("inf"):
             return NoGuarantee(f"noise multiplier {sigma:g} is too small for the accountant to bound epsilon")
         return Budget(loose, delta, "RDP", sigma, rate, steps)
-    tight = _epsilon("PLD", sigma, rate, steps, delta)
-    if tight == float("inf"):
-        return NoGuarantee(f"delta {delta:g} is too small for noise multiplier {sigma:g}")
-    return Budget(tight, delta, "PLD", sigma, rate, steps)
+    return _smaller(Budget(_epsilon("PLD", sigma, rate, steps, delta), delta, "PLD", sigma, rate, steps), loose)
+
+
+def _smaller(tight: Budget, loose: float | None) -> Budget | NoGuarantee:
+    """PLD's budget, or RDP's epsilon where that is the smaller one: PLD's grid is too coarse for some very small numbers."""
+    if loose is not None and loose < tight.epsilon:
+        return replace(tight, epsilon=loose, accountant=BELOW)
+    if tight.epsilon == float("inf"):
+        return NoGuarantee(f"delta {tight.delta:g} is too small for noise multiplier {tight.noise_multiplier:g}")
+    return tight
 
 
 def budget_in_time(
@@ -122,9 +129,19 @@ def budget_in_time(
         return loose
     if done.returncode:
         raise RuntimeError(f"the PLD accountant failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-    if done.stdout.strip() == "None":
-        return budget(**asked)
-    return Budget(float(done.stdout), delta, "PLD", sigma, rate, steps)
+    tight = float("inf") if done.stdout.strip() == "None" else float(done.stdout)
+    return _smaller(Budget(tight, delta, "PLD", sigma, rate, steps), getattr(loose, "epsilon", None))
+
+
+def usual_delta(n: int) -> float:
+    """The largest power of ten that is at most half of 1/n, and at most 1e-4.
+
+    At 1/n publishing one sample at random would pass; how far below delta should lie is a convention.
+
+    >>> usual_delta(1797), usual_delta(10_000), usual_delta(60_000)
+    (0.0001, 1e-05, 1e-06)
+    """
+    return float(f"1e{min(-4, math.floor(math.log10(0.5 / integer('n', n, low=1)) + 1e-9))}")
 
 
 def noise_multiplier_for(*, epsilon: float, sampling_rate: float, steps: int, delta: float) -> float:

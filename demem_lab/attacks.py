@@ -152,8 +152,8 @@ class NFGSM:
     """One step of eps from uniform noise of k * eps around the image, NOT projected back (de Jorge et al. 2022).
 
     For training only: the image leaves the ball of radius eps (by up to k * eps), which is what keeps single-step training
-    from catastrophic overfitting. Noise and step are each clamped to [0, 1], as in the authors' public code; unlike there the
-    step's gradient is taken in evaluation mode, as in all attacks here.
+    from catastrophic overfitting. Noise and step are each clamped to [0, 1], as in the authors' public code; but
+    the slope is taken in evaluation mode, as in all attacks here.
     """
 
     eps: float
@@ -235,16 +235,10 @@ def frozen(net):
 
 
 def predictions(net: nn.Module, x: Tensor) -> Tensor:
-    """Predicted labels [B] in evaluation mode."""
-    with frozen(net), torch.no_grad():
-        return net(x).argmax(-1)
-
-
-def _right(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """bool [B]: classified correctly. An answer with NaN or infinity in it is none: argmax would call NaN the largest."""
+    """Predicted labels [B] in evaluation mode; -1 for an answer with NaN in it, which argmax calls the largest."""
     with frozen(net), torch.no_grad():
         logits = net(x)
-    return (logits.argmax(-1) == y) & logits.isfinite().all(-1)
+        return torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
 
 
 def withstands(
@@ -258,7 +252,7 @@ def withstands(
     _check_judges(attacks)
     if getattr(net, "models", 1) != 1:
         raise ValueError(f"robust accuracy with early exit takes one model at a time, got {net.models}")
-    standing = _right(net, x, y)
+    standing = predictions(net, x) == y
     for (number, attack), loss in itertools.product(enumerate(attacks), losses):
         for restart in range(attack.restarts):
             rows = standing.nonzero().flatten()
@@ -267,7 +261,7 @@ def withstands(
             one = replace(attack, restarts=1)
             own = rng.fork(f"{number}.{restart}") if isinstance(rng, Streams) else rng
             moved = one(net, x[rows], y[rows], rng=own, loss=loss)
-            standing[rows] = _right(net, moved, y[rows])
+            standing[rows] = predictions(net, moved) == y[rows]
     return standing
 
 

@@ -31,6 +31,8 @@ class CropFlip:
     flip: bool = True
     reflect: bool = False
 
+    row_by_row = True
+
     def __post_init__(self) -> None:
         integer("padding", self.padding, low=0)
 

@@ -68,7 +68,8 @@ class BudgetedDP(SelectiveDP):
         allowed = self._allowed_to_protected()
         longest = int((allowed[model] if allowed.ndim == 2 else allowed).max())
         promised = super().guarantee(steps=min(steps, longest), model=model, **settings)
-        return replace(promised, not_accounted=(*promised.not_accounted, PRIVATE), budgets=True)
+        private = (PRIVATE,) if self.selection == "from_data" else ()
+        return replace(promised, not_accounted=(*promised.not_accounted, *private), budgets=True)
 
     def spent(self, *, sampling_rate: float, steps: int, delta: float, model: int = 0) -> dict[int, Budget | NoGuarantee]:
         """{steps a protected sample took part in: what it spent}. Not for publication: who spent what is information itself."""

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from demem_lab import data, farm, queries, risk, training
+from demem_lab.accounting import usual_delta
 from demem_lab.attacks import PGD, cross_entropy, margin
 from demem_lab.data import Dataset
 from demem_lab.live import Watch
@@ -60,7 +61,7 @@ class Experiment:
     tuning_models: int = 8
     attack_steps: int = 3
     query_steps: int = 10
-    delta: float = 1e-4
+    delta: float = 0.0  # of all guarantees; 0: `usual_delta` of the data
     device: str = "auto"
     progress: bool = True
     watch: Watch | None = None  # who looks on while this trains, and may stop it
@@ -72,6 +73,8 @@ class Experiment:
             raise ValueError(f"models must be even, because members come in complementary halves, got {self.models}")
         if len(set(self.seeds)) < 2 or self.tuning_seed in self.seeds:
             raise ValueError(f"at least 2 different seeds, none of them the tuning seed {self.tuning_seed}, got {self.seeds}")
+        if not self.delta:
+            object.__setattr__(self, "delta", usual_delta(self.dataset.n))
 
     @property
     def attack(self) -> PGD:
@@ -126,7 +129,7 @@ class Experiment:
         rate, steps = entry.meta["sampling_rate"], entry.meta["steps"]
         guarantee = recipe.mechanism.guarantee(
             sampling_rate=rate, steps=steps, delta=self.delta, n=self.dataset.n,
-            batch_norm=getattr(self.model, "norm", "group") == "batch",
+            batch_norm=getattr(self.model, "norm", "group") == "batch", row_by_row=recipe.row_by_row,
         )
         return Run(
             name, seed, self.dataset.y.numpy(), members.numpy(), entry.arrays["clean"], entry.arrays["adversarial"],

@@ -15,15 +15,17 @@ from demem_lab.accounting import Budget, NoGuarantee, bound
 class Guarantee:
     """What is promised to each single protected sample by ONE released model, and on which conditions.
 
-    Models add up: who publishes several that were trained on the same person's data has spent as many budgets. The noise
-    comes from a seed, so that results can be repeated; who knows the seed can subtract it, so a real release keeps it secret.
+    Of ONE: models of the same seed, as all arms and points of a comparison are here, share noise and coins, and two of them
+    together promise nothing (the noise of one can be subtracted from the other); with seeds of their own their budgets add up.
+    The noise comes from a seed, so that results can be repeated; who knows the seed can subtract it, so a real release draws
+    it at random and keeps it secret. That sums are rounded to floating point is not accounted for (Mironov 2012).
     """
 
     budget: Budget | NoGuarantee
     protected: int  # how many samples it holds for
     n: int
     selection: str  # how the protected set came about: "fixed", "public" or "from_data"
-    not_accounted: tuple[str, ...] = ("learning rates tuned on the same data",)
+    not_accounted: tuple[str, ...] = ("the number of members, which sets rate and steps", "learning rates tuned on the same data")
     budgets: bool = False  # whether each sample has its own budget, which came about in the same way as the set
 
     @property

@@ -94,7 +94,7 @@ class Mechanism:
 
     def guarantee(
         self, *, sampling_rate: float, steps: int, delta: float, n: int, poisson: bool = True, batch_norm: bool = False,
-        model: int = 0,
+        row_by_row: bool = True, model: int = 0,
     ) -> Guarantee:
         """What this mechanism promises model number `model`'s samples."""
         return Guarantee(NoGuarantee(f"{type(self).__name__} adds no calibrated noise"), 0, n, "fixed", ())
@@ -249,7 +249,7 @@ class SelectiveDP(Mechanism):
         if self._noiseless() or (not sums[0].is_cuda and not bool((noise_std > 0).any())):
             return [s / batch.divisor for s in sums]
         sizes = [s[0].numel() for s in sums]
-        noise = batch.noise.normal(sum(sizes)).to(sums[0].dtype).mul_(noise_std[:, None] / batch.divisor)
+        noise = batch.noise.private_normal(sum(sizes), sums[0].dtype).mul_(noise_std[:, None] / batch.divisor)
         noised = [part.view_as(s) for s, part in zip(sums, noise.split(sizes, 1), strict=True)]
         torch._foreach_add_(noised, sums, alpha=1 / batch.divisor)
         return noised
@@ -285,9 +285,12 @@ class SelectiveDP(Mechanism):
 
     def guarantee(
         self, *, sampling_rate: float, steps: int, delta: float, n: int, poisson: bool = True, batch_norm: bool = False,
-        model: int = 0,
+        row_by_row: bool = True, model: int = 0,
     ) -> Guarantee:
         """(epsilon, delta) under add/remove for each single protected sample, conditional on the protected set.
+
+        row_by_row: whether images are changed and losses taken row by row (`Recipe.row_by_row`): else one sample's gradient
+        holds others, and clipping it bounds nobody's part.
 
         Raises ValueError when the flags do not fit n samples.
         """
@@ -299,6 +302,10 @@ class SelectiveDP(Mechanism):
             protected = int(row.sum())
         if batch_norm:
             promised = NoGuarantee("batch normalisation mixes the samples of a batch; use norm='group'")
+        elif not row_by_row:
+            promised = NoGuarantee(
+                "the objective or the augmentation may mix rows; give its class `row_by_row = True` if each row is apart"
+            )
         elif not poisson:
             promised = NoGuarantee("shuffled batches are not Poisson samples; train with Poisson(...)")
         elif not protected:

@@ -38,7 +38,8 @@ class Objective(Protocol):
     """Anything that turns images into per-sample losses.
 
     `counts` bool [M*B]: the rows that count without a promise (valid and unprotected). Only objectives that look at the
-    batch as a whole read it (`AWP`); all others treat every row by itself.
+    batch as a whole read it (`AWP`); all others treat every row by itself, and their class says so with `row_by_row = True`,
+    without which nothing is promised to anybody.
     """
 
     def __call__(self, net, x: Tensor, y: Tensor, index: Tensor, *, rng: Streams, counts: Tensor | None = None) -> PerSample: ...
@@ -46,6 +47,8 @@ class Objective(Protocol):
 
 class _OneByOne:
     """An objective in two parts: where the images are moved to, and the losses there. Rows do not see each other."""
+
+    row_by_row = True
 
     def move(self, net, x: Tensor, y: Tensor, rng: Streams) -> Tensor:
         """The images the losses are taken on."""
@@ -165,6 +168,7 @@ class AWP:
     gamma: float = 0.01
 
     shifts_weights = True
+    row_by_row = True  # the rows with a promise: the move reads the others only
 
     def __post_init__(self) -> None:
         finite("gamma", self.gamma, low=0, high=1)

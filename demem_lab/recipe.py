@@ -55,6 +55,14 @@ class Recipe:
         finite("epochs", self.epochs, low=0.01, high=100_000)
         choice("precision", self.precision, Precision)
 
+    @property
+    def row_by_row(self) -> bool:
+        """Whether objective and augmentation say that what they do to a row depends on that row alone (`row_by_row = True`).
+
+        Privacy noise is measured for one row's gradient: where rows mix, one sample moves those of others as well.
+        """
+        return all(getattr(part, "row_by_row", False) for part in (self.objective, self.augment) if part is not None)
+
 
 @dataclass(frozen=True)
 class Job:

@@ -16,14 +16,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def key(seed: int, purpose: str, step: int = 0) -> int:
-    """A 63-bit seed for the stream (seed, purpose, step); different triples give unrelated streams."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    """A 63-bit seed for the stream (seed, purpose, step).
+
+    On a CPU torch's generator takes the last 32 bits of it: of very many streams two may be the same one. That does no harm
+    to initial weights, coins and attack starts; privacy noise has keys of its own (`Streams.private_normal`).
+    """
+    return _digest(seed, purpose, step, 8) >> 1
+
+
+def _digest(seed: int, purpose: str, step: int, size: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=size).digest(), "big")
 
 
 def model_seeds(seed: int, models: int, first: int = 0) -> tuple[int, ...]:
@@ -70,6 +78,25 @@ class Streams:
         for row, g in zip(out, self._generators(), strict=True):
             row.normal_(generator=g)
         return out
+
+    def private_normal(self, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[M, n] standard normal numbers to hide somebody behind: with whole tails, and on a CPU from keys of 128 bits.
+
+        In float32, torch's end at 5.77 standard deviations on a CPU: a sum beyond that proves that somebody was in it, which
+        with little noise happens more often than a small delta allows. So they are drawn in float64, and rounded.
+        """
+        out = torch.empty(len(self.seeds), n, device=self.device, dtype=dtype)
+        for row, seed in zip(out, self.seeds, strict=True):
+            row.copy_(self._on_card(seed, n) if row.is_cuda else self._on_cpu(seed, n))
+        return out
+
+    def _on_cpu(self, seed: int, n: int) -> Tensor:
+        generator = np.random.Generator(np.random.SFC64(_digest(seed, self.purpose, self.step, 16)))
+        return torch.from_numpy(generator.standard_normal(n))
+
+    def _on_card(self, seed: int, n: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(key(seed, self.purpose, self.step))
+        return torch.empty(n, device=self.device, dtype=torch.float64).normal_(generator=generator)
 
     def _rows(self, x: Tensor, fill) -> Tensor:
         models = len(self.seeds)

@@ -89,6 +89,7 @@ class Ensemble:
         return self.recipe.mechanism.guarantee(
             sampling_rate=self.sampling_rate, steps=self.steps, delta=delta, n=self.members.shape[1], model=model,
             poisson=isinstance(self.recipe.sampler, Poisson), batch_norm=self.network([0]).has_batch_norm,
+            row_by_row=self.recipe.row_by_row,
         )
 
 

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from demem_lab import kernels, replay
+from demem_lab.streams import Streams
 
 CARD = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -194,6 +195,8 @@ def pretend_gpu(capability=(8, 0), memory=16 << 30):
         for name, answer in says.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(torch, "Generator", CardGenerator))
+        # the CPU's, so that runs can be compared
+        stack.enter_context(mock.patch.object(Streams, "_on_card", lambda s, seed, n: Streams._on_cpu(s, seed, n).to(s.device)))
         stack.enter_context(mock.patch.object(replay, "recorded", played_again))
         stack.enter_context(mock.patch.object(replay, "new_pool", object))
         stack.enter_context(mock.patch.object(kernels, "_works", lambda on: False))

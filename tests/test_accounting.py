@@ -10,7 +10,15 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from demem_lab import accounting
-from demem_lab.accounting import Budget, NoGuarantee, budget, budget_in_time, epsilon_curve, noise_multiplier_for
+from demem_lab.accounting import (
+    Budget,
+    NoGuarantee,
+    budget,
+    budget_in_time,
+    epsilon_curve,
+    noise_multiplier_for,
+    usual_delta,
+)
 
 SETTINGS = [(1.0, 0.07, 420, 1e-4), (1.1, 0.01, 1000, 1e-5), (3.0, 0.07, 420, 1e-4)]
 
@@ -53,12 +61,32 @@ def test_more_steps_cost_more_and_more_noise_costs_less():
     assert tight.epsilon < loose.epsilon and "looser" in str(loose) and "looser" not in str(tight)
 
 
-def test_no_guarantee_is_a_value_with_a_reason():
+@pytest.mark.parametrize("case", [
+    {"noise_multiplier": 50.0, "sampling_rate": 0.001, "steps": 1_000_000, "delta": 1e-5},  # PLD's grid is too coarse
+    {"noise_multiplier": 1.0, "sampling_rate": 0.07, "steps": 420, "delta": 1e-15},  # PLD keeps less than this of the tail
+])
+def test_the_smaller_of_two_bounds_is_given_and_named(case):
+    loose, tight = budget(**case, accountant="RDP"), budget(**case, accountant="PLD")
+    assert not hasattr(tight, "epsilon") or tight.epsilon > loose.epsilon
+    for found in (budget(**case), budget_in_time(120, **case)):
+        assert found.epsilon == loose.epsilon and found.accountant == "RDP, here below PLD" and "looser" not in str(found)
+
+
+@given(st.integers(1, 10**9))
+def test_delta_is_below_one_in_n(n):
+    delta = usual_delta(n)
+    assert delta * n <= 0.5 and (delta == 1e-4 or delta * n > 0.0499)
+
+
+def test_no_guarantee_is_a_value_with_a_reason(monkeypatch):
+    assert budget(noise_multiplier=1.0, sampling_rate=0.1, steps=0, delta=1e-5).epsilon == 0
     none = budget(noise_multiplier=0.0, sampling_rate=0.1, steps=5, delta=1e-5)
     assert isinstance(none, NoGuarantee) and str(none) == "no guarantee: no noise is added" and not hasattr(none, "epsilon")
     weak = budget(noise_multiplier=0.05, sampling_rate=0.1, steps=50, delta=1e-5)
-    assert isinstance(weak, NoGuarantee) or np.isfinite(weak.epsilon)
-    assert budget(noise_multiplier=1.0, sampling_rate=0.1, steps=0, delta=1e-5).epsilon == 0
+    assert weak.accountant == "RDP" and 1000 < weak.epsilon < np.inf
+    monkeypatch.setattr(accounting, "_epsilon", lambda *_: np.inf)
+    hopeless = budget(noise_multiplier=0.05, sampling_rate=0.1, steps=50, delta=1e-5)
+    assert isinstance(hopeless, NoGuarantee) and "too small for the accountant" in str(hopeless)
 
 
 def test_noise_for_a_wanted_epsilon_is_just_enough():

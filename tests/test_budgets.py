@@ -131,6 +131,7 @@ def test_the_guarantee_is_that_of_the_longest_serving(flags):
     found = mechanism.guarantee(steps=500, n=len(flags), **terms)
     assert found.budget == budget(noise_multiplier=1.2, steps=longest, **terms) and found.protected == int(flags.sum())
     assert PRIVATE in str(found) and "given the set and the budgets; end to end: none" in str(found)
+    assert PRIVATE not in str(replace(mechanism, selection="public").guarantee(steps=10, n=len(flags), **terms))
     everybody = replace(mechanism, protected=None).guarantee(steps=500, n=len(flags), **terms)
     assert "all samples" in str(everybody) and "given the budgets; end to end: none" in str(everybody)
     public = replace(mechanism, protected=None, selection="public").guarantee(steps=500, n=len(flags), **terms)

@@ -78,6 +78,12 @@ class NoNoiseInEmptyDraws(SelectiveDP):
         return torch.where(somebody, super()._noise_std(batch, models, like), 0)
 
 
+@dataclass(frozen=True)
+class TheSameNoiseEveryStep(SelectiveDP):
+    def noised(self, sums, batch):
+        return super().noised(sums, replace(batch, noise=replace(batch.noise, step=0)))
+
+
 def loudest_bystander(updates, columns):
     """An unprotected sample's own direction: a canary has no business there."""
     return -updates.sum(1)[:, -1:].repeat(len(columns), 1)
@@ -87,7 +93,15 @@ def any_noise(updates, columns):
     return np.abs(updates[:, :, columns]).sum(1)
 
 
+def spread_over_steps(updates, columns):
+    return np.ptp(updates[:, :, columns], axis=1)
+
+
 BUGS = {
+    "the same noise at every step": (
+        selective(TheSameNoiseEveryStep, 2.0),
+        {"trials": 2000, "others": 1, "unprotected": 1, "sampling_rate": 0.3, "steps": 4, "statistic": spread_over_steps},
+    ),
     "noise halved": (
         selective(HalfTheNoise, 2.0), {"trials": 20_000, "delta": 1e-3, "others": 2, "unprotected": 1},
     ),

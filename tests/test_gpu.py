@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pretend_gpu import pretend_gpu
+from scipy import stats
 
 from demem_lab import data, doctor, estimate, pairs, protocol, queries
 from demem_lab.attacks import PGD, robust_accuracy
@@ -29,6 +30,7 @@ from demem_lab.sweep import sweep
 from demem_lab.training import Recipe, train
 
 REAL = torch.cuda.is_available()
+CARDS_OWN = Streams._on_card
 SEEDS = (1, 2)
 
 
@@ -52,6 +54,7 @@ def the_real_one():
         patched.setattr(Streams, "uniform", lambda self, n: uniform(on_cpu(self), n).to(self.device))
         patched.setattr(Streams, "normal", lambda self, n: normal(on_cpu(self), n).to(self.device))
         patched.setattr(Streams, "_rows", lambda self, x, fill: rows(on_cpu(self), x.cpu(), fill).to(x.device))
+        patched.setattr(Streams, "_on_card", lambda self, seed, n: self._on_cpu(seed, n).to(self.device))
         patched.setattr(torch.backends.cudnn, "allow_tf32", False)
         yield
 
@@ -120,6 +123,17 @@ def test_every_objective_trains_the_same(objective):
 ])
 def test_convolutions_train_the_same(models, model, mechanism, shape):
     on_both(lambda device: weights(trained(device, model, mechanism=mechanism, shape=shape, models=models)))
+
+
+def test_privacy_noise_is_drawn_on_the_card_in_float64():
+    """Where the card is pretended, runs are compared with the CPU's noise in place of its own: here is its own."""
+    with card():
+        noise = Streams((3, 4), "noise", 2, device="cuda")
+        rows = [CARDS_OWN(noise, seed, 20_000) for seed in noise.seeds]
+        assert {(row.device.type, row.dtype) for row in rows} == {("cuda", torch.float64)}
+        assert noise.private_normal(5).device.type == "cuda"
+        rows = [row.cpu().numpy() for row in rows]
+    assert all(stats.kstest(row, "norm").pvalue > 1e-4 for row in rows) and abs(np.corrcoef(*rows)[0, 1]) < 0.04
 
 
 @pytest.mark.parametrize("models", [1, 2])

@@ -1,5 +1,7 @@
 """Updates against loops over samples, noise against its distribution, promises against their conditions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,15 @@ from scipy import stats
 
 from demem_lab import layers
 from demem_lab.attacks import PGD
+from demem_lab.augment import CropFlip
+from demem_lab.data import member_masks
 from demem_lab.mechanisms import DPSGD, Batch, DownWeight, Drop, LossVariance, Plain, SelectiveDP
 from demem_lab.models import MLP, SmallCNN
 from demem_lab.objectives import TRADES, Natural, PerSample
+from demem_lab.recipe import Recipe
+from demem_lab.sampling import Poisson
 from demem_lab.streams import Streams
+from demem_lab.training import train
 
 M, B, N = 2, 6, 20
 
@@ -54,7 +61,7 @@ def test_selective_update_equals_the_loop(spec):
     bound = float(own.norm(dim=2).median())
     protected = torch.arange(N) % 2 == 0
     factor = torch.where(protected[batch.index], bound / own.norm(dim=2).clamp_min(bound), 1.0) * valid
-    noise = Streams((8, 9), "noise", 0).normal(own.shape[2]).double() * 0.7 * bound
+    noise = Streams((8, 9), "noise", 0).private_normal(own.shape[2], torch.float64) * 0.7 * bound
     wanted = ((own * factor[..., None]).sum(1) + noise) / 10
     found = update(SelectiveDP(0.7, bound, protected), net, x, y, batch)
     assert torch.allclose(found, wanted, atol=1e-8)
@@ -281,12 +288,43 @@ EVERYBODY = torch.ones(100, dtype=torch.bool)
 SETTING = {"sampling_rate": 0.05, "steps": 100, "delta": 1e-5, "n": 100}
 
 
+def half_mirrored(x, *, rng):
+    return (x + x.flip(0)) / 2  # each row holds a part of another one
+
+
+class AverageOut:
+    """Losses divided by their mean: every row's gradient depends on who else was drawn."""
+
+    def __call__(self, net, x, y, index, *, rng, counts=None):
+        seen = Natural()(net, x, y, index, rng=rng)
+        return replace(seen, loss=seen.loss / seen.loss.mean())
+
+
+class Apart(AverageOut):
+    row_by_row = True
+
+    def __call__(self, net, x, y, index, *, rng, counts=None):
+        return Natural()(net, x, y, index, rng=rng)
+
+
+@pytest.mark.parametrize(("change", "holds"), [
+    ({}, True), ({"augment": CropFlip(1)}, True), ({"objective": Apart()}, True),
+    ({"augment": half_mirrored}, False), ({"objective": AverageOut()}, False),
+])
+def test_nothing_is_promised_where_rows_may_mix(tiny, change, holds):
+    """Clipping bounds what one ROW adds: of a row that holds others it bounds nobody's part."""
+    recipe = Recipe(**{"model": MLP((6,)), "objective": Natural(), "mechanism": DPSGD(1.0), "sampler": Poisson(4), "epochs": 0.2}
+                    | change)
+    promised = train(tiny, member_masks(24, 2, seed=0), recipe, seeds=(0, 1)).guarantee(delta=1e-3)
+    assert promised.holds == holds and ("may mix rows" in str(promised)) != holds
+
+
 def test_promises_and_their_conditions():
     some = torch.arange(100) < 10
     text = str(SelectiveDP(1.0, 1.0, some).guarantee(**SETTING))
     for part in ("the 10 protected of 100", "given the set; end to end: none", "none for the other"):
         assert part in text
-    assert "not accounted: learning rates" in text
+    assert "not accounted: the number of members, which sets rate and steps, learning rates tuned" in text
     assert "end to end" not in str(SelectiveDP(1.0, 1.0, some, selection="public").guarantee(**SETTING))
     everybody = DPSGD(1.0).guarantee(**SETTING)
     assert everybody.holds and "all samples" in str(everybody) and everybody.protected == 100

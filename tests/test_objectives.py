@@ -128,7 +128,7 @@ def test_every_pair_trains_and_says_what_it_promises(tiny, objective, name):
     rate, steps = ensemble.sampling_rate, ensemble.steps
     assert promised.budget == budget(noise_multiplier=1.0, sampling_rate=rate, steps=steps, delta=1e-3)
     text = str(promised)
-    assert "add/remove" in text and "not accounted: learning rates" in text and promised.budget.accountant in text
+    assert "add/remove" in text and "not accounted: the number of members" in text and promised.budget.accountant in text
     assert ("given the set; end to end: none" in text) == (name == "SelectiveDP")
 
 
