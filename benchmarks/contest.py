@@ -34,11 +34,12 @@ from demem_lab.experiment import Experiment, Run
 from demem_lab.leakage import evaluate
 from demem_lab.matched import at_matched
 from demem_lab.mechanisms import DPSGD, DownWeight, Drop, LossVariance, SelectiveDP
-from demem_lab.membership import by_class, twins
+from demem_lab.membership import by_class, lira, twins
 from demem_lab.models import SmallCNN
 from demem_lab.objectives import AWP, PGDAT, TRADES, PerSample
 from demem_lab.remedies import ClassVariance, ClippedRelease, GradedRelease, RelaxLoss, release_schedule
 from demem_lab.sampling import Shuffled
+from demem_lab.signals import logit_margin
 from demem_lab.streams import key, model_seeds
 
 HERE = Path(__file__).parent
@@ -244,23 +245,35 @@ def expected_leave(until: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 
 def informed(run: Run, when: np.ndarray, fpr: float) -> dict[str, float]:
-    """True positive rate [1] of attackers who know `when`: each sample's risk, or leave time, [N], or [M, N] by target."""
-    scores, when = run.scores, np.broadcast_to(when, run.members.shape)
-    found = {"both queries": evaluate(scores["both"], run.members, fprs=(fpr,)).tpr_at(fpr)}
-    tenths = np.stack([risk.deciles(row) for row in when])
-    for query in ("clean", "adversarial"):
-        calibrated = np.stack([by_class(scores[query], tenth, run.members)[m] for m, tenth in enumerate(tenths)])
-        found[f"by leave time, {query}"] = evaluate(calibrated, run.members, fprs=(fpr,)).tpr_at(fpr)
-    other, learned = twins(run.members), np.zeros(run.members.shape)
-    table = np.stack([scores["clean"], scores["adversarial"], scores["both"]], -1)
-    table = np.sign(table) * np.log1p(np.abs(table))  # log ratios have long tails
-    for m, tenth in enumerate(tenths):
+    """True positive rate [1] of attackers who know `when`: each sample's risk, or leave time, [N], or [M, N] by target.
+
+    What is fitted on the shadow models reads scores of theirs in which the target has no part: as one of their references,
+    filed under its members, it would tell who these are.
+    """
+    members, scores = run.members, run.scores
+    found = {"both queries": evaluate(scores["both"], members, fprs=(fpr,)).tpr_at(fpr)}
+    margins = {"clean": logit_margin(run.clean, run.y), "adversarial": logit_margin(run.adversarial, run.y)}
+    margins["both"] = np.stack(list(margins.values()))
+    other, knowing = twins(members), {name: np.zeros(members.shape) for name in ("clean", "adversarial", "learned")}
+    for m, row in enumerate(np.broadcast_to(when, members.shape)):
+        tenth, shadows = risk.deciles(row), [k for k in range(run.models) if k not in (m, other[m])]
+        table = {
+            query: np.concatenate([scores[query][[m]], lira(margin[..., shadows, :], members[shadows])])
+            for query, margin in margins.items()
+        }
+        for query in ("clean", "adversarial"):
+            knowing[query][m] = by_class(table[query], tenth, members[[m, *shadows]])[0]
+        columns = np.stack(list(table.values()), -1)
+        columns = np.sign(columns) * np.log1p(np.abs(columns))  # log ratios have long tails
         one_hot = np.eye(10)[tenth]
-        rows = [np.concatenate([t, one_hot, (one_hot[:, :, None] * t[:, None, :]).reshape(len(t), -1)], 1) for t in table]
-        shadows = [k for k in range(run.models) if k not in (m, other[m])]
-        fitted = LogisticRegression(max_iter=300).fit(np.concatenate([rows[k] for k in shadows]), run.members[shadows].ravel())
-        learned[m] = fitted.decision_function(rows[m])
-    found["learned"] = evaluate(learned, run.members, fprs=(fpr,)).tpr_at(fpr)
+        own, *rows = [
+            np.concatenate([c, one_hot, (one_hot[:, :, None] * c[:, None, :]).reshape(len(c), -1)], 1) for c in columns
+        ]
+        fitted = LogisticRegression(max_iter=300).fit(np.concatenate(rows), members[shadows].ravel())
+        knowing["learned"][m] = fitted.decision_function(own)
+    for name, attack in knowing.items():
+        named = name if name == "learned" else f"by leave time, {name}"
+        found[named] = evaluate(attack, members, fprs=(fpr,)).tpr_at(fpr)
     return found
 
 
