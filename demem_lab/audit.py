@@ -111,6 +111,7 @@ def audit(
     rows = _groups(outputs, chosen_scores, score, shown[-1], groups or {}, skipped)
     for row in rows:
         row |= {"attack": chosen[0], "query": chosen[1], "fpr": shown[-1]}
+    notes += _tied(best[-1], member, shown)
     return AuditReport(
         name=name or outputs.source, attacks=measured, utility=_utility(outputs), robustness=_robustness(outputs) | robustness,
         groups=rows, canaries={} if planted is None else canaries(best[-1], member, planted, fpr=shown[-1]),
@@ -119,6 +120,20 @@ def audit(
         skipped=skipped, curves=curves,
         obtained=_obtained(outputs, shown, prior) | how, warnings=[*outputs.warnings, *notes],
     )
+
+
+def _tied(scores: np.ndarray, member: np.ndarray, fprs: Sequence[float]) -> list[str]:
+    """A note where so many scores are equal at the top that no threshold comes near a rate."""
+    top = scores == scores.max(1, keepdims=True)
+    share = float(np.mean([t[~m].mean() for t, m in zip(top, member, strict=True)]))
+    missed = [f for f in fprs if share > f]
+    if not missed:
+        return []
+    return [
+        f"{share:.1%} of the non-members share the highest score with {top[member].mean():.1%} of the members (saturated "
+        f"outputs?), so no threshold accuses as few as {', '.join(f'{f:g}' for f in missed)} of the non-members, and that nobody "
+        "is found there says nothing; bring logits, or probabilities in float64, where the model has them"
+    ]
 
 
 def _attacks(outputs: Outputs, graded: np.ndarray | None, skipped: dict[str, str]) -> Iterator[tuple[str, str, Score]]:
@@ -185,13 +200,17 @@ def _measure(scores, member, y, fprs, prior: float, classes: bool) -> tuple[dict
     smallest = MIN_FALSE_POSITIVES / int((~member).sum(1).min())
     grid = np.geomspace(min(smallest, 1.0), 1, 60)
     everything = evaluate(scores, member, fprs=(*fprs, *grid))
-    found = replace(everything, fprs=tuple(fprs), tpr=everything.tpr[:, : len(fprs)])
+    found = replace(
+        everything, fprs=tuple(fprs), tpr=everything.tpr[:, : len(fprs)], accused=everything.accused[:, : len(fprs)]
+    )
     rates = {f"{f:g}": found.over_targets(f) for f in fprs}
     entry = {
         "auc": float(found.auc.mean()), "balanced_accuracy": float(found.balanced_accuracy.mean()),
         "balanced_accuracy_held_out": float(held_out_accuracy(scores, member).mean()),
         "balanced_accuracy_by_class_held_out": float(held_out_accuracy(scores, member, y=y).mean()),
         "tpr_at_fpr": {f: {"estimate": r.mean, "low": max(0.0, r.low), "high": min(1.0, r.high)} for f, r in rates.items()},
+        # each non-member judged by the others' threshold: what guessing finds of the members, which ties may keep below the rate
+        "accused_at_fpr": {f"{f:g}": float(a) for f, a in zip(fprs, found.accused.mean(0), strict=True)},
         "precision_at_prior": {"prior": prior, **{f"{f:g}": found.precision(f, prior=prior) for f in fprs}},
         "members": int(found.members.min()), "non_members": int(found.non_members.min()), "targets": len(found.auc),
     }

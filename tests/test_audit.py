@@ -394,6 +394,32 @@ def test_report_on_the_command_line(tmp_path):
         assert CliRunner().invoke(app, ["report", str(tmp_path / name)]).exit_code == 2
 
 
+def test_equal_outputs_are_no_safety():
+    """Saturated: a third of the members and a tenth of the others have the very same, highest score."""
+    arrays = single(n=900, m=900)
+    for side, share in (("member", 3), ("nonmember", 10)):
+        table = arrays[f"{side}_logits"]
+        table[::share] = 60 * np.eye(4)[arrays[f"{side}_labels"][::share]]
+    report = audit(arrays)
+    assert report.headline[2] == 0.1  # at 1 % nobody can be accused
+    assert all(report.attacks[n]["clean"]["tpr_at_fpr"]["0.01"]["estimate"] == 0 for n in ("loss", "confidence"))
+    entry = report.attacks[report.headline[0]]["clean"]
+    assert f"finds {entry['tpr_at_fpr']['0.1']['estimate']:.1%} of the members" in report.summary()
+    assert f"is right for {100 * entry['balanced_accuracy_held_out']:.3g} % of them" in report.summary()
+    assert any("10.0% of the non-members share the highest score with 33.3% of the members" in text for text in report.warnings)
+    assert not any("share the highest score" in text for text in audit(single()).warnings)
+
+
+def test_what_guessing_finds_stands_beside_what_is_found():
+    """Nothing leaks, and 30 runs agree: what is found is what guessing finds, not the rate itself, which is a little less."""
+    found = []
+    for seed in range(30):
+        entry = audit(single(n=500, m=500, strength=0.0, seed=seed), fprs=(0.01,)).attacks["loss"]["clean"]
+        assert entry["accused_at_fpr"]["0.01"] == pytest.approx(0.012)
+        found.append(entry["tpr_at_fpr"]["0.01"]["estimate"])
+    assert abs(np.mean(found) - 0.012) < 3 * np.std(found) / 30**0.5
+
+
 def test_who_is_attacked_reliably_stands_in_the_report():
     arrays = ensemble(strength=6.0)
     report = audit(arrays, fprs=(0.1, 0.02))
