@@ -86,6 +86,14 @@ seeds. All in per cent with 95 % t-intervals over seeds; with so many rows some 
 Seeds share the images, and each takes its risk scores from the others. "robust" is the worst case of PGD-10 on the
 cross-entropy and on the margin. `benchmarks/contest.py` makes the files.
 
+The names of the arms: "release k=4" lets a sample take part in the fraction 1 - r^4 of training, r its rank by risk from 0 to
+1 (k is notebook 05's `r**k`, and 06 calls it `power`). "cheap score": ranked by the early losses of ONE model, not by the
+ensemble's score. "own trace": each model ranks by its own losses in the first fifth of training, in which nobody leaves.
+"umin .2": the riskiest, too, stay for a fifth of training. "random order": the same fractions, dealt out at random. "clip":
+each gradient is cut to length 1. "clean for 10%": the riskiest tenth is trained on its clean images, without an attack.
+"down-weight 20% x .3": the losses of the riskiest fifth count .3. "budgets": noise for everybody, and a privacy budget for
+each, the smallest for the riskiest.
+
 """
 KEPT = """## The authors' protocol, kept runs
 

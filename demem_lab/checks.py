@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from demem_lab import solutions
-from demem_lab.grading import Case, Exercise, call, case
+from demem_lab.grading import Case, Exercise, as_array, call, case
 from demem_lab.mistakes import MISTAKES
 from demem_lab.models import MLP
 
@@ -79,7 +79,7 @@ def check_tpr_at_fpr() -> Iterator[Case]:
     few = np.array([True, True, False, False, False])
     cases = {"distinct scores": (smooth, member), "scores with ties": (smooth.round(), member),
              "3 non-members": (np.array([0.8, 1.0, 0.1, 0.2, 0.9]), few)}
-    for fpr in (0.01, 0.1, 0.25, 0.0, 1.0):
+    for fpr in (0.1, 0.01, 0.25, 0.0, 1.0):  # at 0.1 a share of everybody is more than one score away
         for name, (scores, who) in cases.items():
             yield case(f"{name}, fpr = {fpr}", scores, who, fpr)
 
@@ -100,7 +100,8 @@ def check_shadow_split() -> Iterator[Case]:
     half = np.random.default_rng(6).random((4, 9)) < 0.5
     members = np.concatenate([half, ~half])
     for target, image in ((0, 3), (5, 3), (2, 8)):
-        yield case(f"target {target}, image {image}", members, target, image)
+        form = "two arrays of the same length [models]"
+        yield case(f"target {target}, image {image}", members, target, image, form=form)
 
 
 @_exercise(solutions.memorization, "mean over the models WITH the sample minus mean over those without (axis 0 is models)")
@@ -115,12 +116,14 @@ def check_memorization() -> Iterator[Case]:
 
 @_exercise(solutions.top, "a bool mask of exactly round(fraction * N) samples, highest scores first")
 def check_top() -> Iterator[Case]:
-    """Scores with and without ties; nobody and everybody."""
+    """Scores with and without ties; numbers of samples that round up and down; nobody and everybody."""
     rng = np.random.default_rng(5)
+    ties = "among equal scores the LOWER index goes first, so sort -score with kind='stable'"
     for score in (rng.normal(size=47), rng.integers(0, 4, 47).astype(float)):
-        for fraction in (0.1, 0.33, 0.0, 1.0):
+        for fraction in (0.1, 0.33, 0.45, 0.0, 1.0):
             name = f"47 samples with {len(set(score))} different scores, fraction {fraction}"
-            yield case(name, score, fraction)
+            yield Case(f"{name}, whichever of equal scores", _chosen(score, fraction))
+            yield case(name, score, fraction, hint=ties)
             yield Case(f"{name}, kind of answer", _kind(score, fraction), wanted="bool",
                        hint="start from np.zeros(len(score), dtype=bool)")
 
@@ -144,11 +147,12 @@ def check_noisy_mean() -> Iterator[Case]:
 
 @_exercise(solutions.selective, "clip with a factor that is 1 for the unprotected; the noise does not look at protected")
 def check_selective() -> Iterator[Case]:
-    """Some, none and all protected; nobody drawn."""
+    """Some, one, none and all protected; gradients that are all short; nobody drawn."""
     gradients = torch.randn(6, 40_000, generator=_seeded(9)) * torch.tensor([1, 1, 0.002, 0, 1, 1])[:, None]
     two = torch.tensor([True, False, True, False, False, False])
     cases = {"two of six protected": (gradients, two), "nobody drawn is protected": (gradients, two & False),
-             "all drawn are protected": (gradients, two | True), "an empty batch": (gradients[:0], two[:0])}
+             "all drawn are protected": (gradients, two | True), "an empty batch": (gradients[:0], two[:0]),
+             "one of six protected": (gradients, two & (torch.arange(6) == 0)), "short gradients": (gradients / 400, two)}
     for name, (g, who) in cases.items():
         short = g * (1.5 / g.norm(dim=1).clamp_min(1.5))[:, None]
         yield from _updates(name, (g, who), torch.where(who[:, None], short, g).sum(0), 8)
@@ -163,15 +167,18 @@ def check_loss_variance() -> Iterator[Case]:
         yield Case(name, lambda f, x=x, lam=lam: f(x.clone().requires_grad_(), lam))
         yield Case(f"gradient for {name}", _has_gradient(x, lam), wanted="a tensor with a gradient",
                    hint="no .item(), no .detach()")
-        yield Case(f"gradient for {name}", _gradient(x, lam), hint="the variance has a gradient too")
+        yield Case(f"gradient for {name}", _gradient(x, lam), hint="mean and variance both have a gradient")
 
 
 @_exercise(solutions.until, "rank 0 is the LOWEST risk and stays to the end, rank 1 the highest and leaves at once")
 def check_until() -> Iterator[Case]:
     """Scores in no order, with ties, and in order."""
-    for numbers, power in (([0.3, 0.1, 0.9, 0.2, 0.5], 4.0), ([1.0, 1.0, 0.0, 2.0, 1.0], 1.0), (range(9), 2.0)):
+    ties = "every sample has a rank of its own, ties by index: sort with kind='stable'"
+    for numbers, power, hint in (
+        ([0.3, 0.1, 0.9, 0.2, 0.5], 4.0, ""), ([1.0, 1.0, 0.0, 2.0, 1.0], 1.0, ties), (range(9), 2.0, "")
+    ):
         score = np.array(numbers, dtype=float)
-        yield case(f"score = {score.tolist()}, power = {power}", score, power)
+        yield case(f"score = {score.tolist()}, power = {power}", score, power, hint=hint)
 
 
 @_exercise(solutions.n_fgsm, "take the gradient at x + noise, and step from there")
@@ -192,14 +199,14 @@ def check_modified_entropy() -> Iterator[Case]:
 
 @_exercise(solutions.held_out, "choose the threshold on the first pair alone, then use it on the second")
 def check_held_out() -> Iterator[Case]:
-    """Two equally good thresholds; a strong, a weak and no signal."""
+    """Two equally good thresholds, and new scores between them and the next; a strong, a weak and no signal."""
     rng = np.random.default_rng(4)
     for n, strength in ((60, 1.0), (200, 0.3), (40, 0.0)):
         member, new_member = (rng.random(n) < 0.4 for _ in range(2))
         scores, new_scores = (rng.normal(size=n).round(1) + strength * m for m in (member, new_member))
         yield case(f"{n} scores to choose on", scores, member, new_scores, new_member)
     equal = np.array([1.0, 2.0, 3.0, 4.0]), np.array([False, True, False, True])
-    yield case("4 scores, thresholds 2 and 4 equally good", *equal, np.array([2.5, 2.5, 9.0]), np.arange(3) != 1)
+    yield case("4 scores, thresholds 2 and 4 equally good", *equal, np.array([2.5, 3.7, 9.0]), np.arange(3) != 1)
 
 
 @_exercise(solutions.cost, "an attack step is a forward and an input backward")
@@ -229,7 +236,7 @@ def _updates(name: str, drawn: tuple, total: torch.Tensor, expected: int) -> Ite
         return call(f, *drawn, sigma, bound, expected, rng or _seeded(1))
 
     def noise(f: Callable, rng: torch.Generator | None = None) -> np.ndarray:
-        return np.asarray(answer(f, rng=rng).detach(), dtype=np.float64) * expected - total.double().numpy()
+        return as_array(answer(f, rng=rng), name) * expected - total.double().numpy()
 
     def follows(f: Callable) -> str:
         rng = _seeded(1)
@@ -253,14 +260,37 @@ def _updates(name: str, drawn: tuple, total: torch.Tensor, expected: int) -> Ite
     yield Case(name, follows, wanted="noise that follows rng", hint=gaussian)
 
 
+def _chosen(score: np.ndarray, fraction: float) -> Callable:
+    """What is chosen, forgiving the order of ties; of numbers of samples (no mask) only how many, in whatever order."""
+    right = solutions.top(score, fraction)
+
+    def ask(f: Callable):
+        found = call(f, score, fraction)
+        try:
+            given = np.asarray(found)
+        except ValueError:  # lists of different lengths
+            return found
+        if given.dtype.kind in "iu" and given.ndim == 1 and len(given) != len(score):
+            return np.zeros(len(given))
+        mask = given == 1
+        same = given.shape == score.shape and (mask | (given == 0)).all() and mask.sum() == right.sum()
+        return right if same and np.array_equal(np.sort(score[mask]), np.sort(score[right])) else found
+
+    return ask
+
+
 def _kind(score: np.ndarray, fraction: float) -> Callable:
     return lambda f: np.asarray(call(f, score, fraction)).dtype.name
 
 
 def _has_gradient(x: torch.Tensor, lam: float) -> Callable:
     def ask(f: Callable) -> str:
-        found = f(x.clone().requires_grad_(), lam)
-        return "a tensor with a gradient" if getattr(found, "requires_grad", False) else "none"
+        mine = x.clone().requires_grad_()
+        found = f(mine, lam)
+        if not getattr(found, "requires_grad", False):
+            return "none"
+        reached = torch.autograd.grad(found.sum(), mine, allow_unused=True)[0] is not None
+        return "a tensor with a gradient" if reached else "one whose gradient does not reach losses"
 
     return ask
 

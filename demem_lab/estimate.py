@@ -11,6 +11,7 @@ network and number of models, and the ratio of the two carries the tour's second
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 
@@ -38,23 +39,30 @@ PROBE_SECONDS = 1.0
 PART = 8  # of a batch, to see first whether a step takes long
 
 
-def status(lab: Experiment, notebook: str = "") -> str:
-    """What notebook number `notebook` will use with the settings of `lab`, and about how long it takes, in two lines."""
+def status(lab: Experiment, notebook: str = "", chosen: str | None = None) -> str:
+    """What notebook number `notebook` will use with the settings of `lab`, and about how long it takes, in two lines.
+
+    chosen: the profile as the parameters cell names it; of "smoke" a third line says that its numbers mean nothing.
+    """
     what = (
         f"{len(lab.seeds)} seeds x {lab.models} models on {lab.dataset.n} images of {lab.dataset.name}; {uses(lab.device)}; "
         f"{_kept(lab.store, lab.dataset)}"
     )
+    what += _warning(chosen)
     return _lines(notebook, seconds(lab, notebook), what) if notebook in MEASURED else what
 
 
-def plan_status(plan: Protocol, notebook: str, dataset: Dataset, *, store: Store | None = None, device: str = "auto") -> str:
+def plan_status(
+    plan: Protocol, notebook: str, dataset: Dataset, *, store: Store | None = None, device: str = "auto",
+    chosen: str | None = None,
+) -> str:
     """`status` of a notebook that runs a protocol (08): all its treatments, on `dataset`."""
     device, treatments = farm.suited(device, dataset.name), len(protocol.arms_of(plan))
     what = (
         f"{treatments} treatments x {plan.models} models ({plan.model}) on {dataset.n} images of {dataset.name}; "
         f"{uses(device)}; {_kept(store or Store(), dataset)}"
     )
-    return _lines(notebook, plan_seconds(plan, notebook, dataset, device=device), what)
+    return _lines(notebook, plan_seconds(plan, notebook, dataset, device=device), what + _warning(chosen))
 
 
 def seconds(lab: Experiment, notebook: str) -> tuple[float, float]:
@@ -156,6 +164,12 @@ def _lines(notebook: str, took: tuple[float, float], what: str) -> str:
         return f"{notebook}: about {first} on this machine\n{what}"
     before = "the first time (the notebooks before it have run)"
     return f"{notebook}: about {first} on this machine {before}, about {again} when its results are kept\n{what}"
+
+
+def _warning(chosen: str | None) -> str:
+    if chosen is None or (chosen or os.environ.get("DEMEM_PROFILE")) != "smoke":
+        return ""
+    return "\nprofile smoke tests the code: numbers and verdicts below mean nothing"
 
 
 def _kept(store: Store, dataset: Dataset) -> str:

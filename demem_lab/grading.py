@@ -47,11 +47,12 @@ class Case:
     wanted: object = None  # None: what the solution answers
     tolerance: float = 1e-5  # absolute and relative
     hint: str = ""  # instead of the exercise's, where the question is about one thing
+    form: str = "an array or a number"  # what to return, told to whoever returns no numbers
 
 
-def case(name: str, *arguments) -> Case:
-    """The question `f(*arguments)`; each asking gets copies, so that working in place cannot spoil the next."""
-    return Case(name, lambda f: call(f, *arguments))
+def case(name: str, *arguments, **about) -> Case:
+    """The question `f(*arguments)`; each asking gets copies, so that working in place spoils nothing. about: as in Case."""
+    return Case(name, lambda f: call(f, *arguments), **about)
 
 
 def call(f: Callable, *arguments):
@@ -93,7 +94,7 @@ class Exercise:
         passed: list[tuple[Case, object]] = []
         for question in self.cases():
             wanted = question.ask(self.solution) if question.wanted is None else question.wanted
-            found = question.ask(f)
+            found = _asked(question, f)
             if found is None:
                 raise WrongAnswer(f"{question.name}: expected an answer, got None; hint: does the function return its result?")
             text = _difference(question, found, wanted)
@@ -105,18 +106,34 @@ class Exercise:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # mistakes divide by zero on purpose; the learner's own warnings are shown
             for says, mistake in self.mistakes.items():
-                answer = question.ask(mistake)
-                alike = answer is not None and not _difference(question, found, answer)
-                if alike and not any(_difference(q, q.ask(mistake), wanted) for q, wanted in passed):
+                if all(_answers(q, mistake, value) for q, value in ((question, found), *passed)):
                     return says
         return question.hint or self.hint
+
+
+def _asked(question: Case, f: Callable):
+    """The learner's answer; an error of the learner's own says at which question it came."""
+    try:
+        return question.ask(f)
+    except Exception as error:
+        error.add_note(f"while asked: {question.name}")
+        raise
+
+
+def _answers(question: Case, mistake: Callable, value) -> bool:
+    """Whether a planted mistake answers `value`. Some cannot answer: a number has no gradient to be asked for."""
+    try:
+        answer = question.ask(mistake)
+        return answer is not None and not _difference(question, value, answer)
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError, WrongAnswer):
+        return False
 
 
 def _difference(question: Case, found, wanted) -> str:
     """What to tell about `found`, empty if it is `wanted`."""
     if isinstance(wanted, str):
         return "" if found == wanted else f"expected {wanted}, got {found}"
-    a, b = _array(question, found), _array(question, wanted)
+    a, b = (as_array(value, question.name, question.form) for value in (found, wanted))
     if a.shape != b.shape:
         return f"expected shape {list(b.shape)}, got {list(a.shape)}"
     if np.allclose(a, b, rtol=question.tolerance, atol=question.tolerance, equal_nan=True):
@@ -126,12 +143,12 @@ def _difference(question: Case, found, wanted) -> str:
     return f"expected {b[worst]:.5g}{at}, got {a[worst]:.5g}"
 
 
-def _array(question: Case, value) -> np.ndarray:
+def as_array(value, name: str, form: str = Case.form) -> np.ndarray:
+    """An answer to the question of that name as NumPy numbers, from torch or NumPy. WrongAnswer where there are none."""
     try:
         return np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value, dtype=np.float64)
     except (TypeError, ValueError):
-        kind = type(value).__name__
-        raise WrongAnswer(f"{question.name}: expected numbers, got {kind}; hint: return an array or a number") from None
+        raise WrongAnswer(f"{name}: expected numbers, got {type(value).__name__}; hint: return {form}") from None
 
 
 def _is_stub(error: NotImplementedError) -> bool:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from demem_lab import solutions
+from demem_lab.mistakes_privacy import PRIVACY
 
 
 def _interval(level=0.975, ddof=1, normal=False, root=True) -> Callable:
@@ -41,12 +43,13 @@ def _in_l2(z, x, eps):
     return (x + offset * (eps / norm).clamp(max=1)).clamp(0, 1)
 
 
-def _above(pool=lambda s, m: s[~m], share=lambda s, m: s[~m], strictly=True) -> Callable:
-    """A true positive rate whose threshold is read from `pool`, of as many false positives as `share` allows."""
+def _above(pool=lambda s, m: s[~m], share=lambda s, m: s[~m], strictly=True, off=0) -> Callable:
+    """A true positive rate whose threshold is read from `pool`, `off` places from as many false positives as `share` allows."""
 
     def f(scores, member, fpr):
         outside = np.sort(pool(scores, member))[::-1]
         k = int(fpr * len(share(scores, member)) + 1e-9)
+        k += off if k < len(outside) else 0
         if k >= len(outside):
             return 1.0
         return ((scores[member] > outside[k]) if strictly else (scores[member] >= outside[k])).mean()
@@ -89,41 +92,6 @@ def _last_entries(score, fraction):
     return mask
 
 
-def _after_averaging(gradients, bound):
-    mean = gradients.mean(0)
-    return mean * (bound / mean.norm().clamp_min(bound))
-
-
-def _noise(shape, rng) -> torch.Tensor:
-    return torch.randn(shape, generator=rng)
-
-
-def _noisy(total=lambda c: c.sum(0), std=lambda s, C, n, c: s * C, draw=lambda c, rng: _noise(c.shape[1], rng),
-           size=lambda c, n: n) -> Callable:
-    """A noisy mean with one part replaced."""
-
-    def f(clipped, sigma, bound, expected, rng):
-        return (total(clipped) + std(sigma, bound, expected, clipped) * draw(clipped, rng)) / size(clipped, expected)
-
-    return f
-
-
-def _selecting(who=lambda p: p, rest=1.0, std=lambda p: 1.0, size=lambda p, n: n, together=False) -> Callable:
-    """Selective protection with one part replaced."""
-
-    def f(gradients, protected, sigma, bound, expected, rng):
-        chosen = gradients[who(protected)]
-        private = solutions.clip(chosen.sum(0, keepdim=True) if together else chosen, bound).sum(0)
-        total = private + rest * gradients[~who(protected)].sum(0)
-        return (total + std(protected) * sigma * bound * _noise(gradients.shape[1], rng)) / size(protected, expected)
-
-    return f
-
-
-def _variance(spread) -> Callable:
-    return lambda losses, lam: losses.mean() + (lam * spread(losses) if len(losses) > 1 else 0)
-
-
 def _ranked(order=lambda s: np.argsort(s, kind="stable"), divisor=lambda n: n - 1) -> Callable:
     def f(score, power):
         rank = np.empty(len(score))
@@ -133,13 +101,13 @@ def _ranked(order=lambda s: np.argsort(s, kind="stable"), divisor=lambda n: n - 
     return f
 
 
-def _balanced(cut, s, m):
-    return ((s[m] >= cut).mean() + (s[~m] < cut).mean()) / 2
+def _balanced(cut, s, m, reached=np.greater_equal):
+    return (reached(s[m], cut).mean() + (~reached(s[~m], cut)).mean()) / 2
 
 
-def _best_cut(s, m, order=-1):
+def _best_cut(s, m, order=-1, reached=np.greater_equal):
     cuts = np.unique(s)[::order]
-    return cuts[np.argmax([_balanced(cut, s, m) for cut in cuts])]
+    return cuts[np.argmax([_balanced(cut, s, m, reached) for cut in cuts])]
 
 
 MISTAKES: dict[str, dict[str, Callable]] = {
@@ -188,6 +156,8 @@ MISTAKES: dict[str, dict[str, Callable]] = {
         "robust is the worst case, not the average over attacks": lambda c, a: (c & a).mean(),
     },
     "tpr_at_fpr": {
+        "one place too far: above outside[k + 1] lie k + 1 non-members, one more than allowed": _above(off=1),
+        "one place too early: above outside[k - 1] lie fewer than the k allowed, so members are missed": _above(off=-1),
         "with >= too many come in, count scores strictly above the threshold": _above(strictly=False),
         "members leak into the threshold: it comes from the non-members alone": _above(lambda s, m: s, lambda s, m: s),
         "this threshold comes from the members, it belongs to the others": _above(lambda s, m: s[m], lambda s, m: s[m]),
@@ -202,6 +172,7 @@ MISTAKES: dict[str, dict[str, Callable]] = {
         "the standard deviations need ddof=0": _ratio(ddof=1),
         "far out both densities underflow to 0, so compute the LOG density directly":
             _ratio(log=lambda *a: np.log(stats.norm.pdf(*a))),
+        "logpdf takes the standard deviation, this is the variance": _ratio(std=lambda own, both, ddof: own.var(ddof=ddof)),
         "this is the ratio, its logarithm is asked for": lambda *a: np.exp(solutions.log_ratio(*a)),
         "each side has its own standard deviation": _ratio(std=lambda own, both, ddof: both.std()),
         "the log density also holds -log(std), which differs between the two":
@@ -210,6 +181,8 @@ MISTAKES: dict[str, dict[str, Callable]] = {
             lambda v, a, b: stats.norm.logpdf(v, a.mean(), a.std()),
     },
     "shadow_split": {
+        "return two bool masks with one entry a model, not the models' numbers":
+            lambda *a: tuple(np.flatnonzero(side) for side in solutions.shadow_split(*a)),
         "the target is among its own references: the answer stands in the question": _references(target=True),
         "the twin is left in: a member then has one reference more without it than a non-member has": _references(twin=True),
         "target and twin are both left in": _references(everybody=True),
@@ -232,70 +205,11 @@ MISTAKES: dict[str, dict[str, Callable]] = {
             _top(order=lambda s: np.argsort(s, kind="stable")[::-1]),
         "these are the lowest scores": lambda s, q: solutions.top(-s, q),
         "round(fraction * N), int() cuts off": _top(number=int),
+        "round(fraction * N), ceil() takes one too many": _top(number=math.ceil),
         "a threshold takes all that tie with it, ask for an exact number": lambda s, q: s >= np.quantile(s, 1 - q),
         "[-0:] is everybody, not nobody": _last_entries,
         "these are indices, a mask has one entry a sample": lambda s, q: np.flatnonzero(solutions.top(s, q)),
         "a mask is bool, start from np.zeros(len(score), dtype=bool)": lambda s, q: solutions.top(s, q).astype(int),
-    },
-    "clip": {
-        "short gradients must not be lengthened": lambda g, C: g * C / g.norm(dim=1, keepdim=True).clamp_min(1e-12),
-        "a zero gradient divided by its norm is NaN":
-            lambda g, C: g / g.norm(dim=1, keepdim=True) * g.norm(dim=1, keepdim=True).clamp(max=C),
-        "each row by its OWN norm, this shortens the batch as a whole": lambda g, C: g * (C / g.norm().clamp_min(C)),
-        "clip before averaging: one long row has already drowned the others in this mean": _after_averaging,
-        "this clips single entries, the NORM of the row is to be bounded": lambda g, C: g.clamp(-C, C),
-        "nothing was clipped, the rows are as they were": lambda g, C: g,
-        "compare the norm with the bound, not the squared norm": lambda g, C: g * (C / (g**2).sum(1, keepdim=True).clamp_min(C)),
-    },
-    "noisy_mean": {
-        "divide by the EXPECTED batch size, the drawn one tells how many were there": _noisy(size=lambda c, n: max(len(c), 1)),
-        "divide by the EXPECTED batch size, whichever is larger": _noisy(size=lambda c, n: max(len(c), n)),
-        "the mean over those drawn has a divisor of its own, sum them": _noisy(total=lambda c: c.mean(0) * len(c)),
-        "the noise is scaled wrongly: add it once to the sum, not once for each sample":
-            _noisy(draw=lambda c, rng: _noise(c.shape, rng).sum(0)),
-        "the noise is scaled wrongly: add it to the SUM, before dividing": _noisy(std=lambda s, C, n, c: s * C * n),
-        "the noise is scaled wrongly: it is divided by the batch size twice": _noisy(std=lambda s, C, n, c: s * C / n),
-        "the noise is scaled wrongly: multiply noise_multiplier by max_grad_norm": _noisy(std=lambda s, C, n, c: s),
-        "this is the variance, torch.randn wants the standard deviation": _noisy(std=lambda s, C, n, c: (s * C) ** 2),
-        "noise is added at EVERY step: this empty batch has none, and tells that nobody was drawn":
-            _noisy(std=lambda s, C, n, c: s * C * (len(c) > 0)),
-        "there is no noise at all, it is added at EVERY step": _noisy(std=lambda s, C, n, c: 0.0),
-        "each parameter has noise of its own: torch.randn(P, generator=rng), not one number":
-            _noisy(draw=lambda c, rng: _noise(1, rng).expand(c.shape[1])),
-        "the noise is uniform, Gaussian noise is torch.randn(..., generator=rng)":
-            _noisy(draw=lambda c, rng: (torch.rand(c.shape[1], generator=rng) - 0.5) * 12**0.5),
-        "the noise has a mean, Gaussian noise around 0 is torch.randn(..., generator=rng)":
-            _noisy(draw=lambda c, rng: 1 + _noise(c.shape[1], rng)),
-        "the noise does not come from rng, so nobody can repeat it: torch.randn(..., generator=rng)":
-            _noisy(draw=lambda c, rng: _noise(c.shape[1], None)),
-        "this is one row a sample, one update [P] is asked for": lambda c, s, C, n, rng: (c + s * C * _noise(c.shape, rng)) / n,
-    },
-    "selective": {
-        "only the protected are clipped": _selecting(who=lambda p: p | True),
-        "the protected must be clipped": _selecting(who=lambda p: p & False),
-        "the wrong ones are clipped: protected is True for those to clip": _selecting(who=lambda p: ~p),
-        "the unprotected count too, as they are": _selecting(rest=0.0),
-        "clip each protected row before adding up, this clips their sum": _selecting(together=True),
-        "divide by the EXPECTED batch size, not by how many were drawn": _selecting(size=lambda p, n: max(len(p), 1)),
-        "noise is added at EVERY step: without it an observer sees that nobody protected was drawn":
-            _selecting(std=lambda p: float(p.any())),
-        "noise is added at EVERY step, also when the batch is empty": _selecting(std=lambda p: float(len(p) > 0)),
-        "the noise is scaled wrongly: it must not depend on how many protected were drawn":
-            _selecting(std=lambda p: float(p.sum()) ** 0.5),
-        "the noise is scaled wrongly: its size is the same whatever share is protected":
-            _selecting(std=lambda p: float(p.double().mean()) if len(p) else 1.0),
-        "the noise is scaled wrongly: add it once, not per sample": _selecting(std=lambda p: max(len(p), 1) ** 0.5),
-    },
-    "loss_variance": {
-        "the divisor of the variance is n - 1": _variance(lambda x: x.var(correction=0)),
-        "this adds the standard deviation, the variance is its square": _variance(lambda x: x.std()),
-        "the variance of a single loss is NaN, so fewer than two must add nothing":
-            lambda x, lam: x.mean() + lam * (x.var() if len(x) > 1 else torch.nan),
-        "the variance has a gradient too, it must not be detached": _variance(lambda x: x.var().detach()),
-        "a number has no gradient: no .item(), no .detach()": lambda x, lam: solutions.loss_variance(x, lam).item(),
-        "variance is a penalty, add it": lambda x, lam: solutions.loss_variance(x, -lam),
-        "the mean of the losses, not their sum": lambda x, lam: solutions.loss_variance(x, lam) + x.sum() - x.mean(),
-        "a single loss has no variance, but its mean counts": lambda x, lam: solutions.loss_variance(x, lam) * (len(x) > 1),
     },
     "until": {
         "the order is turned: rank 0 is the LOWEST risk, and stays to the end":
@@ -304,6 +218,9 @@ MISTAKES: dict[str, dict[str, Callable]] = {
             lambda s, power: 1 - (np.argsort(s, kind="stable") / (len(s) - 1)) ** power,
         "the highest rank is 1, divide by N - 1": _ranked(divisor=lambda n: n),
         "use the rank, not the score": lambda s, power: 1 - s**power,
+        "1 minus rank ** power: the riskiest leave first": lambda s, power: 1 - solutions.until(s, power),
+        "no ranks are shared, ties by index: sort with kind='stable'":
+            lambda s, power: 1 - ((stats.rankdata(s) - 1) / (len(s) - 1)) ** power,
         "among equal scores the lower index has the lower rank, so sort with kind='stable'":
             _ranked(order=lambda s: np.lexsort((-np.arange(len(s)), s))),
         "1 - rank ** power, not (1 - rank) ** power": lambda s, power: solutions.until(s, 1) ** power,
@@ -315,6 +232,8 @@ MISTAKES: dict[str, dict[str, Callable]] = {
             lambda net, x, y, eps, noise: ((x + noise).clamp(0, 1) + eps * _slope(net, x, y).sign()).clamp(0, 1),
         "clamp x + noise to [0, 1] before the gradient, too: the network is promised pixels":
             lambda net, x, y, eps, noise: (x + noise + eps * _slope(net, x + noise, y).sign()).clamp(0, 1),
+        "pixels live in [0, 1], clamp to [0, 1] at the end, too":
+            lambda net, x, y, eps, noise: (z := (x + noise).clamp(0, 1)) + eps * _slope(net, z, y).sign(),
         "the noise is the start, not an addition to the clean image's step":
             lambda net, x, y, eps, noise: (solutions.fgsm(net, x, y, eps) + noise).clamp(0, 1),
         "this forgets the noise": lambda net, x, y, eps, noise: solutions.fgsm(net, x, y, eps),
@@ -335,6 +254,8 @@ MISTAKES: dict[str, dict[str, Callable]] = {
         "this judges the scores the threshold was chosen on": lambda s, m, new, who: _balanced(_best_cut(s, m), s, m),
         "members and non-members count equally: average the two rates, not the samples":
             lambda s, m, new, who: ((new >= _best_cut(s, m)) == who).mean(),
+        "the threshold is one of the scores, and whoever reaches it counts as a member: score >= threshold":
+            lambda s, m, new, who: _balanced(_best_cut(s, m, reached=np.greater), new, who, np.greater),
         "of equally good thresholds the highest": lambda s, m, new, who: _balanced(_best_cut(s, m, order=1), new, who),
         "high scores mean member: score >= threshold": lambda s, m, new, who: 1 - solutions.held_out(s, m, new, who),
     },
@@ -350,4 +271,4 @@ MISTAKES: dict[str, dict[str, Callable]] = {
         "five are enough: >=, not >": lambda n, rates: min((r for r in rates if r * n > 5), default=1.0),
         "a rate without false positives shows nothing": lambda n, rates: min(rates),
     },
-}
+} | PRIVACY

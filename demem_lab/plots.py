@@ -61,7 +61,10 @@ def styled(figure: go.Figure, *, title: str = "", height: int = 400, width: int 
 
 
 def roc_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str = "") -> go.Figure:
-    """True against false positive rate on logarithmic axes, {name: (fpr, tpr)}; the diagonal is guessing."""
+    """True against false positive rate on logarithmic axes, {name: (fpr, tpr)}; the diagonal is guessing.
+
+    A few markers stand on the curves for which no dash is left.
+    """
     figure = go.Figure()
     smallest = min((float(f[f > 0].min()) for f, _ in curves.values() if (f > 0).any()), default=1e-3)
     figure.add_scatter(
@@ -70,7 +73,8 @@ def roc_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: st
     )
     for number, (name, (fpr, tpr)) in enumerate(curves.items()):
         figure.add_scatter(
-            x=fpr, y=np.maximum(tpr, smallest / 10), mode="lines", name=name, line=line(number),
+            x=fpr, y=np.maximum(tpr, smallest / 10), mode="lines" if number < len(DASHES) else "lines+markers", name=name,
+            line=line(number), marker={"symbol": symbol(number), "size": 9, "maxdisplayed": 8},
             hovertemplate=f"{name}<br>false positives %{{x:.2%}}<br>true positives %{{y:.2%}}<extra></extra>",
         )
     ticks = [m * 10.0**k for k in range(-6, 1) for m in (1, 2, 5) if m * 10**k <= 1]  # plotly's own run into each other
@@ -250,14 +254,17 @@ def heat(values: np.ndarray, columns: Sequence[str], rows: Sequence[str], *, tit
     return styled(figure, title=title, height=130 + 45 * len(rows))
 
 
-def mosaic(images: np.ndarray, *, columns: int = 12, gap: int = 1) -> np.ndarray:
-    """Images [K, C, H, W] in [0, 1] side by side: float [rows, width] for one channel, [rows, width, 3] for three."""
+def mosaic(images: np.ndarray, *, columns: int = 12, gap: int = 1, below: int = 0) -> np.ndarray:
+    """Images [K, C, H, W] in [0, 1] side by side: float [rows, width] for one channel, [rows, width, 3] for three.
+
+    below: lines of pixels left free under each picture, besides the gap.
+    """
     images = np.asarray(images, dtype=np.float64)
     k, c, h, w = images.shape
     rows = max(1, -(-k // columns))
-    canvas = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, c))
+    canvas = np.ones((rows * (h + below + gap) - gap, columns * (w + gap) - gap, c))
     for i, image in enumerate(images):
-        top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        top, left = (i // columns) * (h + below + gap), (i % columns) * (w + gap)
         canvas[top : top + h, left : left + w] = image.transpose(1, 2, 0)
     return canvas[..., 0] if c == 1 else canvas
 
@@ -265,18 +272,26 @@ def mosaic(images: np.ndarray, *, columns: int = 12, gap: int = 1) -> np.ndarray
 def gallery(
     images: np.ndarray, captions: Sequence[str], *, columns: int = 12, title: str = "", tall: int = 78
 ) -> go.Figure:
-    """Pictures [K, C, H, W] with a caption each (shown on hover, and the first words of it below the picture)."""
+    """Pictures [K, C, H, W] with a caption each (shown on hover, and the first word of it below the picture)."""
     k, _, h, w = np.shape(images)
-    figure = go.Figure(picture(mosaic(images, columns=columns)))
-    centers = [((i % columns) * (w + 1) + (w - 1) / 2, (i // columns) * (h + 1) + (h - 1) / 2) for i in range(k)]
+    below = round(0.3 * (h + 1))  # as high as a line of text is, in pixels of the pictures
+    figure = go.Figure(picture(mosaic(images, columns=columns, below=below)))
+    x = [(i % columns) * (w + 1) + (w - 1) / 2 for i in range(k)]
+    y = [(i // columns) * (h + below + 1) + (h - 1) / 2 for i in range(k)]
     figure.add_scatter(
-        x=[c[0] for c in centers], y=[c[1] for c in centers], mode="markers", text=list(captions), showlegend=False,
-        marker={"size": 36, "opacity": 0}, hovertemplate="%{text}<extra></extra>",
+        x=x, y=y, mode="markers", text=list(captions), showlegend=False, marker={"size": 36, "opacity": 0},
+        hovertemplate="%{text}<extra></extra>",
+    )
+    words = [re.split(r"[\s,:;]", caption, maxsplit=1)[0] for caption in captions]
+    figure.add_scatter(
+        x=x, y=[v + (h + below) / 2 for v in y], mode="text", text=words, textfont={"size": 11}, showlegend=False,
+        hoverinfo="skip",
     )
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, autorange="reversed", scaleanchor="x")
     rows = max(1, -(-k // columns))
-    return styled(figure, title=title, height=70 + tall * rows).update_layout(margin={"l": 5, "r": 5, "b": 5})
+    height = 70 + round(tall * rows * (1 + below / (h + 1)))
+    return styled(figure, title=title, height=height).update_layout(margin={"l": 5, "r": 5, "b": 5})
 
 
 def picture(canvas: np.ndarray):

@@ -79,6 +79,8 @@ def budget_words(
         if isinstance(tight, Budget) and tight.accountant == "PLD":
             promise, known = promise + f"; <b>epsilon {bound(tight.epsilon)}</b> (PLD, tight)", tight.epsilon
         promise += f" at delta {setting.delta:.3g}. {_strength(known)}"
+        if setting.delta * setting.members >= 1:
+            promise += f" <b>delta is not below 1/{setting.members:,.0f}</b>: publishing one sample at random would pass."
     elsewhere = ""
     if (setting.batch_size, setting.steps) != (trained.batch_size, trained.steps):
         elsewhere = (
@@ -181,7 +183,7 @@ def _strength(epsilon: float) -> str:
     if epsilon > accounting.VACUOUS:
         return "So large a number says nothing."
     if epsilon > COMMON:
-        return f"That is weak: one member may change the odds of an outcome by a factor of exp({bound(epsilon)})."
-    times = math.exp(epsilon)
-    times = f"{times:.3g}" if times < 100 else f"{float(f'{times:.2g}'):,.0f}"
-    return f"No outcome becomes more than {times} times likelier by one member, except with that probability."
+        return f"That is weak: one member may make a set of outcomes exp({bound(epsilon)}) times likelier."
+    times = bound(math.exp(epsilon))
+    times = times if float(times) < 100 else f"{float(times):,.0f}"
+    return f"No set of outcomes becomes more than {times} times likelier by one member, plus delta."

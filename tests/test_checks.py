@@ -1,6 +1,7 @@
 """Every check accepts right answers, also unusual ones, and rejects wrong ones, also those that nobody planted."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -104,6 +105,80 @@ def the_same_every_step(clipped, sigma, bound, expected, _):
     return noisy_mean(clipped, sigma, bound, expected, torch.Generator().manual_seed(0))
 
 
+def tpr_at(place):
+    """The threshold is another one of the non-members' scores."""
+    def f(scores, member, fpr):
+        outside = np.sort(scores[~member])[::-1]
+        k = int(fpr * len(outside) + 1e-9)
+        return 1.0 if k >= len(outside) else (scores[member] > outside[place(k)]).mean()
+
+    return f
+
+
+def tpr_by_quantile(scores, member, fpr):
+    return 1.0 if fpr == 1 else (scores[member] > np.quantile(scores[~member], 1 - fpr, method="higher")).mean()
+
+
+def held_out_by(cuts_of, called):
+    """The threshold is one of `cuts_of(scores)`, and `called(scores, cut)` are the members."""
+    def f(scores, member, new_scores, new_member):
+        def accuracy(cut, s, m):
+            return (called(s[m], cut).mean() + (~called(s[~m], cut)).mean()) / 2
+
+        best = max(cuts_of(scores), key=lambda cut: (accuracy(cut, scores, member), cut))
+        return accuracy(best, new_scores, new_member)
+
+    return f
+
+
+def between(scores):
+    cuts = np.unique(scores)
+    return np.concatenate([[cuts[0] - 1], (cuts[1:] + cuts[:-1]) / 2, [cuts[-1] + 1]])
+
+
+def top_by(order, number=round):
+    def f(score, fraction):
+        mask = np.zeros(len(score), dtype=bool)
+        mask[order(score)[: number(fraction * len(score))]] = True
+        return mask
+
+    return f
+
+
+def quieter_for_short_gradients(g, who, sigma, bound, expected, rng):
+    longest = g.norm(dim=1).max().item() if len(g) else bound
+    noise = sigma * min(bound, longest) * torch.randn(g.shape[1], generator=rng)
+    return checks.check_selective.solution(g, who, 0.0, bound, expected, rng) + noise / expected
+
+
+def quiet_for_a_single_one(g, who, sigma, *settings):
+    return checks.check_selective.solution(g, who, sigma * (int(who.sum()) != 1), *settings)
+
+
+def parts(which):
+    """The models' numbers where masks are asked for."""
+    return lambda members, target, image: tuple(np.flatnonzero(side) for side in which(members, target, image))
+
+
+def split_with_the_target(members, target, image):
+    reference = ~(members == ~members[target]).all(1)
+    return reference & members[:, image], reference & ~members[:, image]
+
+
+def until_by(method, power_of=lambda rank, power: 1 - rank**power):
+    return lambda score, power: power_of((stats.rankdata(score, method=method) - 1) / (len(score) - 1), power)
+
+
+def n_fgsm_unclamped(net, x, y, eps, noise):
+    z = (x + noise).clamp(0, 1).requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(net(z), y, reduction="sum"), z)
+    return z.detach() + eps * slope.sign()
+
+
+def log_ratio_by_variance(v, a, b):
+    return stats.norm.logpdf(v, a.mean(), a.var()) - stats.norm.logpdf(v, b.mean(), b.var())
+
+
 def quiet_among_unprotected(g, who, sigma, bound, expected, rng):
     sigma = sigma if who.any() or not len(who) else 0.0
     return checks.check_selective.solution(g, who, sigma, bound, expected, rng)
@@ -123,6 +198,11 @@ RIGHT = [
     (checks.check_noisy_mean, noisy_mean_normal),
     (checks.check_selective, selective_in_two_parts),
     (checks.check_loss_variance, lambda x, lam: x.mean() + lam * (x - x.mean()).square().sum() / max(len(x) - 1, 1)),
+    (checks.check_noisy_mean, lambda *a: noisy_mean(*a).numpy()),
+    (checks.check_selective, lambda *a: checks.check_selective.solution(*a).numpy()),
+    (checks.check_clip, lambda g, C: clip(g, C).numpy()),
+    (checks.check_tpr_at_fpr, tpr_at(lambda k: k)),
+    (checks.check_held_out, held_out_by(np.unique, np.greater_equal)),
     (checks.check_modified_entropy, modified_entropy_by_loops),
     (checks.check_held_out, held_out_by_loops),
     (checks.check_until, lambda s, power: 1 - (np.argsort(np.argsort(s, kind="stable")) / (len(s) - 1)) ** power),
@@ -134,9 +214,21 @@ WRONG = [
     (checks.check_fgsm, lambda net, x, y, eps: (x + 0.9 * eps).clamp(0, 1), "SIGN"),
     (checks.check_robust, lambda c, a: robust(c, a) * 0.99, "AND after every attack"),
     (checks.check_tpr_at_fpr, lambda s, m, fpr: 0.5, "non-members alone"),
+    (checks.check_tpr_at_fpr, tpr_at(lambda k: k + 1), "outside[k + 1]"),
+    (checks.check_tpr_at_fpr, tpr_at(lambda k: k - 1), "outside[k - 1]"),
+    (checks.check_tpr_at_fpr, tpr_by_quantile, "outside[k - 1]"),
+    (checks.check_lira, log_ratio_by_variance, "takes the standard deviation"),
     (checks.check_shadow_split, lambda m, t, i: np.stack(shadow_split(m, t, i)) * 0, "the other half"),
+    (checks.check_shadow_split, parts(shadow_split), "two bool masks with one entry a model"),
+    (checks.check_shadow_split, parts(split_with_the_target), "two arrays of the same length [models]"),
     (checks.check_memorization, lambda p, m: memorization(p, m) ** 2, "axis 0"),
     (checks.check_top, lambda s, q: top(s, q)[:, None], "exactly round"),
+    (checks.check_top, lambda s, q: np.argsort(-s)[: round(q * len(s))], "these are indices"),
+    (checks.check_top, lambda s, q: torch.as_tensor(-s).argsort()[: round(q * len(s))], "these are indices"),
+    (checks.check_top, top_by(lambda s: np.argsort(s)[::-1]), "LOWER index goes first"),
+    (checks.check_top, top_by(lambda s: np.lexsort((-np.arange(len(s)) % 5, -s))), "LOWER index goes first"),
+    (checks.check_top, top_by(lambda s: np.argsort(-s, kind="stable"), math.ceil), "ceil"),
+    (checks.check_clip, lambda g, C: g * (C / g.norm(dim=1, keepdim=True)), "0 / 0 is NaN: divide by max(norm"),
     (checks.check_clip, lambda g, C: clip(g, 2 * C), "OWN"),
     (checks.check_noisy_mean, nan_for_nobody, "on the sum"),
     (checks.check_noisy_mean, noisy_laplace, "randn"),
@@ -145,7 +237,20 @@ WRONG = [
     (checks.check_noisy_mean, lambda c, s, *a: noisy_mean(c, s, *a)[None] if s else noisy_mean(c, s, *a), "[P]"),
     (checks.check_noisy_mean, lambda c, s, *a: None if s else noisy_mean(c, s, *a), "return"),
     (checks.check_selective, quiet_among_unprotected, "EVERY"),
-    (checks.check_loss_variance, lambda x, lam: loss_variance(x.detach().requires_grad_(), lam), "return"),
+    (checks.check_selective, quieter_for_short_gradients, "how long the gradients drawn are"),
+    (checks.check_selective, quiet_for_a_single_one, "just one protected sample was drawn"),
+    (checks.check_loss_variance, lambda x, lam: loss_variance(x.detach().requires_grad_(), lam), "cuts the graph"),
+    (checks.check_loss_variance, lambda x, lam: torch.tensor(loss_variance(x, lam).item(), requires_grad=True), "cuts the graph"),
+    (checks.check_loss_variance, lambda x, lam: x.mean() + lam * torch.nan_to_num(x.var()), "branch on len(losses)"),
+    (checks.check_loss_variance, lambda x, lam: x.mean().detach() + loss_variance(x, lam) - x.mean(), "the mean has a gradient"),
+    (checks.check_loss_variance, lambda x, lam: loss_variance(x, lam).detach(), "no .detach()"),
+    (checks.check_until, until_by("average"), "ties by index"),
+    (checks.check_until, until_by("min"), "ties by index"),
+    (checks.check_until, until_by("dense"), "ties by index"),
+    (checks.check_until, until_by("ordinal", lambda rank, power: rank**power), "1 minus"),
+    (checks.check_n_fgsm, n_fgsm_unclamped, "clamp to [0, 1] at the end"),
+    (checks.check_held_out, held_out_by(np.unique, np.greater), "score >= threshold"),
+    (checks.check_held_out, held_out_by(between, np.greater_equal), "one of the scores"),
     (checks.check_finest, lambda n, rates: 0.05, "count alarms"),
 ]
 
@@ -161,6 +266,7 @@ def test_other_right_answers_pass(check, f):
     assert check(f) is True
 
 
+@pytest.mark.filterwarnings(r"ignore:var\(\):UserWarning")
 @pytest.mark.parametrize(("check", "f", "word"), WRONG)
 def test_other_wrong_answers_are_rejected_with_a_hint(check, f, word, capsys):
     with pytest.raises(WrongAnswer) as caught:

@@ -102,6 +102,19 @@ def test_the_lines_say_what_is_used_and_what_is_kept(lab, monkeypatch):
     assert status(lab, "05").splitlines()[0] == "05: about 25 seconds on this machine"
 
 
+def test_of_profile_smoke_it_is_said_that_its_numbers_mean_nothing(lab, monkeypatch):
+    monkeypatch.setattr(estimate, "step_seconds", lambda lab: STEP)
+    monkeypatch.setattr(estimate, "_step_seconds", lambda probe: PLAN_STEP)
+    monkeypatch.delenv("DEMEM_PROFILE", raising=False)
+    words = "profile smoke tests the code: numbers and verdicts below mean nothing"
+    plan = protocol.PROFILES["smoke"]
+    for name, said in (("smoke", True), ("lesson", False), ("", False)):
+        assert (status(lab, "05", name).splitlines()[-1] == words) == said
+        assert (estimate.plan_status(plan, "08", plan.load(), chosen=name).splitlines()[-1] == words) == said
+    monkeypatch.setenv("DEMEM_PROFILE", "smoke")  # as the tour and the tests choose it
+    assert status(lab, "05", "").splitlines()[-1] == words and words not in status(lab, "05", "lesson")
+
+
 def test_a_gpu_that_is_left_alone_is_mentioned(lab, monkeypatch):
     monkeypatch.setattr(estimate.torch.cuda, "is_available", lambda: True)
     assert estimate.uses(lab.device).endswith("the GPU is left alone")

@@ -96,6 +96,33 @@ def test_other_errors_are_the_learners_own(check, kind, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_an_error_of_the_learners_says_what_was_asked():
+    with pytest.raises(ZeroDivisionError) as caught:
+        TOY(lambda x: 1 / 0 if x == 3 else 2 * x)
+    assert caught.value.__notes__ == ["while asked: x = 3"]
+
+
+def test_a_mistake_that_cannot_answer_explains_nothing():
+    """Asked for a gradient, say, by a number; neither at this question nor at an earlier one is that the learner's affair."""
+    for early in (0, 3):
+        def breaks(x, early=early):
+            return 1 / 0 if x == early else 2 * x
+
+        def asks_for_an_item(x, early=early):
+            return (2.0 if x == early else 2 * x).item() if x in (early, 3) else 2 * x
+
+        mistakes = {"breaks": breaks, "asks": asks_for_an_item, "this is the square": lambda x: x * x}
+        toy = Exercise(double, TOY.cases, "twice x", mistakes)
+        with pytest.raises(WrongAnswer, match="x = 3: expected 6, got 9; hint: this is the square"):
+            toy(lambda x: x * x)
+
+
+def test_what_to_return_is_the_questions_to_say():
+    toy = Exercise(double, lambda: [case("x = 1", 1, form="two numbers")], "twice x", {})
+    with pytest.raises(WrongAnswer, match="x = 1: expected numbers, got tuple; hint: return two numbers"):
+        toy(lambda x: (np.ones(3), np.ones(2)))
+
+
 @ALL
 def test_a_wrong_dtype_is_a_bug_and_not_an_empty_stub(check, capsys):
     """Torch reports some of them as NotImplementedError, and not by a `raise` statement."""

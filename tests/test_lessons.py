@@ -1,12 +1,16 @@
 """What the notebooks print of the exercises is what `solutions` holds, and it works where it stands."""
 
+import ast
+import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from demem_lab import checks, lessons, solutions
+from demem_lab.controls import say
 
 PATHS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 NOTEBOOKS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in PATHS}
@@ -31,13 +35,35 @@ def test_two_to_four_exercises(stem):
 
 @EACH
 def test_the_stub_runs_and_the_solution_pasted_over_it_passes(text, code, check, name, capsys):
-    room = {"checks": checks}  # imported by the first exercise of a notebook
-    stub = "".join(code["source"])
-    exec(stub, room)
+    exec("".join(code["source"]), {})
     assert capsys.readouterr().out == f"not solved yet: fill in {name}\n"
     (solution,) = re.findall(r"```python\n(.*?)```", "".join(text["source"]), re.S)
     exec(f"{solution}\n_ = checks.{check}({name})", {"checks": checks})
     assert capsys.readouterr().out == f"passed: {name} is right on all inputs\n"
+
+
+@EACH
+def test_the_cell_of_an_exercise_stands_alone(text, code, check, name, capsys):
+    """In a fresh kernel, with nothing of the notebook run, and nothing but the function's body written."""
+    stub = "".join(code["source"])
+    body = inspect.getsource(getattr(solutions, name)).rstrip()
+    assert lessons.stub(getattr(solutions, name)) in stub
+    exec(stub, {})
+    exec(stub.replace(lessons.stub(getattr(solutions, name)), body), {})
+    words = [f"not solved yet: fill in {name}", f"passed: {name} is right on all inputs"]
+    assert capsys.readouterr().out.splitlines() == words
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_no_cell_takes_a_parameters_name_for_something_else(stem):
+    """Else the cell that reads the parameters fails when it is run again."""
+    code = [c for c in NOTEBOOKS[stem]["cells"] if c["cell_type"] == "code" and "%pip" not in "".join(c["source"])]
+    place = next(i for i, c in enumerate(code) if "parameters" in c["metadata"].get("tags", ()))
+    first, *rest = (ast.parse("".join(c["source"])) for c in code[place:])
+    parameters = {node.target.id for node in first.body}
+    stored = {n.id for tree in rest for top in tree.body if not isinstance(top, (ast.FunctionDef, ast.ClassDef))
+              for n in ast.walk(top) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    assert len(parameters) > 9 and not parameters & stored
 
 
 @EACH
@@ -147,3 +173,53 @@ def test_prose_is_no_wall_of_text(path):
             for paragraph in "".join(cell["source"]).split("\n\n"):
                 if not paragraph.startswith(("|", "[![", "```")):
                     assert len(paragraph) <= 900, (cell["id"], len(paragraph))
+
+
+def minutes_of(stem):
+    """(to read, for all exercises, for each exercise) of a notebook, as its first cell and its exercises say."""
+    first = "".join(NOTEBOOKS[stem]["cells"][0]["source"])
+    said = re.search(r"^\*\*Time:\*\* (\d+) minutes.*?, and another (\d+) for the exercises;", first, re.M)
+    each = {
+        name: int(re.search(r"^### Exercise .*?, (\d+) minutes\)", "".join(text["source"]), re.M)[1])
+        for text, _, _, name in lessons.exercises(NOTEBOOKS[stem]["cells"])
+    }
+    assert said
+    return int(said[1]), int(said[2]), each
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_the_first_cell_says_how_long_the_exercises_take(stem):
+    reading, exercises, each = minutes_of(stem)
+    assert exercises == sum(each.values())
+    start, front = prose_of(PATHS[0]), (PATHS[0].parents[1] / "README.md").read_text(encoding="utf-8")
+    for table, folder in ((start, ""), (front, "notebooks/")):
+        row = next(line for line in table.splitlines() if line.startswith(f"| [{stem[:2]}]({folder}{stem}.ipynb)"))
+        assert int(row.split("|")[3]) == reading
+
+
+def test_the_blocks_of_the_lab_are_the_notebooks_and_the_exercises_that_must_be_done():
+    rows = re.findall(r"^\| \d, (\d+) minutes \| ([\d, ]+) \|([^|]+)\|", prose_of(PAGES[1]), re.M)
+    assert len(rows) == 4
+    for said, numbers, must in rows:
+        found = [minutes_of(next(s for s in NOTEBOOKS if s.startswith(n))) for n in numbers.split(", ")]
+        each = {name: time for *_, exercises in found for name, time in exercises.items()}
+        assert int(said) == sum(reading for reading, *_ in found) + sum(each[name] for name in re.findall(r"`(\w+)`", must))
+
+
+@pytest.mark.parametrize(("stem", "following"), list(zip(NOTEBOOKS, [*NOTEBOOKS][1:], strict=False)))
+def test_a_notebook_ends_with_the_way_to_the_next(stem, following):
+    last = "".join(NOTEBOOKS[stem]["cells"][-1]["source"]).split("\n\n")[-1]
+    assert f"({following}.ipynb)" in last
+
+
+def test_a_note_on_a_kept_run_is_printed_with_it(capsys):
+    cells = ["".join(c["source"]) for c in NOTEBOOKS["08_full_scale"]["cells"] if c["cell_type"] == "code"]
+    (cell,) = [c for c in cells if "elsewhere = kept()" in c]
+    settings = {"images": 9, "dataset": "digits", "model": "mlp", "models": 2, "eps": 0.1, "attack_steps": 3, "epochs": 1}
+    where = {"device": "cpu", "torch": "2", "commit": "c", "date": "today"}
+    for notes in ({}, {"note": "A word. " * 30}):
+        found = {"run": SimpleNamespace(protocol=settings, provenance=where | notes)}
+        exec(cell, {"kept": lambda found=found: found, "say": say, "look_at": "kept", "images": None, "here": None})
+        lines = capsys.readouterr().out.splitlines()
+        noted = [line for line in lines if "A word." in line]
+        assert bool(noted) == bool(notes) and all(line.startswith("  ") and len(line) <= 64 for line in noted)

@@ -11,7 +11,7 @@ from demem_lab.mistakes import MISTAKES
 PLANTED = [pytest.param(check, says, id=f"{check.name}: {says}") for check in EXERCISES.values() for says in check.mistakes]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", r"ignore:var\(\):UserWarning")
 @pytest.mark.parametrize(("check", "says"), PLANTED)
 def test_a_planted_mistake_is_told_in_its_own_words(check, says, capsys):
     with pytest.raises(WrongAnswer) as caught:

@@ -76,6 +76,7 @@ panels_risk
 panels_privacy
 grading
 solutions
+mistakes_privacy
 mistakes
 checks
 lessons

@@ -395,6 +395,22 @@ def test_a_panel_made_again_stands_where_the_last_one_stood(lab, plane):
     assert (again.noise.value, again.threshold.value) == (2.6, 0.02) and text(again) == text(panel)
 
 
+@pytest.mark.parametrize(("epsilon", "times"), [(0.0, "1"), (1.0, "2.72"), (1.5, "4.49"), (4.7, "110"), (8.0, "2,990")])
+def test_the_promise_is_about_sets_of_outcomes_and_rounded_up(epsilon, times):
+    said = words_privacy._strength(epsilon)
+    assert said == f"No set of outcomes becomes more than {times} times likelier by one member, plus delta."
+    assert float(times.replace(",", "")) >= np.exp(epsilon)
+
+
+def test_a_delta_that_would_let_one_sample_be_published_is_named(budget_panel):
+    warning = "delta is not below 1/898 : publishing one sample at random would pass"
+    for power, warned in ((-4.0, False), (-3.0, False), (-2.75, True), (-2.0, True)):
+        budget_panel.power.value = power
+        assert (warning in text(budget_panel)) == warned == (10**power * 898.5 >= 1)
+    budget_panel.noise.value = 0.0
+    assert warning not in text(budget_panel)  # nothing is promised
+
+
 def test_a_setting_is_what_epsilon_depends_on():
     setting = Setting(1.0, 64, 898.5, STEPS, DELTA)
     assert budget(**setting.asked) == POINTS[2]["budget"]

@@ -30,6 +30,14 @@ def test_roc_curves_are_on_log_axes_with_the_diagonal():
     assert list(figure.data[1].y[1:]) == tpr[1:].tolist()
 
 
+def test_from_the_seventh_curve_on_a_few_markers_tell_curves_apart_without_colour():
+    grid = np.geomspace(0.01, 1, 60)
+    figure = plots.roc_curves({f"attack {k}": (grid, grid ** (1 / (k + 1))) for k in range(9)})
+    looks = [(t.line.dash, t.mode, t.marker.symbol) for t in figure.data[1:]]
+    assert len(set(looks)) == 9 and {mode for _, mode, _ in looks[:6]} == {"lines"}
+    assert all(t.mode == "lines+markers" and 0 < t.marker.maxdisplayed <= 12 for t in figure.data[7:])
+
+
 def test_forest_draws_means_and_both_sides_of_the_interval():
     figure = plots.forest({"a": Interval(0.5, 0.3, 0.9, 3), "b": Interval(0.1, None, None, 1)}, reference=0.2)
     trace = figure.data[0]
@@ -114,6 +122,20 @@ def test_mosaic_puts_each_picture_in_its_place(channels):
         assert np.allclose(part if channels == 1 else part.transpose(2, 0, 1), image[0] if channels == 1 else image)
     figure = plots.gallery(images, [f"picture {i}" for i in range(5)], columns=3)
     assert list(figure.data[1].text) == [f"picture {i}" for i in range(5)]
+
+
+def test_a_gallery_writes_the_first_word_of_each_caption_below_its_picture():
+    images = np.random.default_rng(2).random((5, 1, 28, 28))
+    captions = ["7, score 0.1", "found: a member", "wrong: no member", "T-shirt/top, score 1", "Ankle boot"]
+    picture, hover, words = plots.gallery(images, captions, columns=3).data
+    assert list(words.text) == ["7", "found", "wrong", "T-shirt/top", "Ankle"] and words.mode == "text"
+    assert list(hover.text) == captions and list(words.x) == list(hover.x)
+    canvas = np.array(picture.z)
+    for image, (x, y), below in zip(images, zip(hover.x, hover.y, strict=True), words.y, strict=True):
+        top, left = round(y - 13.5), round(x - 13.5)
+        assert np.allclose(canvas[top : top + 28, left : left + 28], image[0], atol=1e-3)
+        free = canvas[top + 28 : top + 28 + 9, left : left + 28]  # and the word stands in its middle
+        assert (free == 1).all() and abs(below - (top + 28 + 4)) <= 0.5
 
 
 def test_figures_are_small_data_and_not_a_megabyte_of_javascript(report):
