@@ -98,7 +98,7 @@ each, the smallest for the riskiest.
 KEPT = """## The authors' protocol, kept runs
 
 Notebook 08 shows the same files. LiRA takes one variance for all images here. "found" at 1 % false positives, the stronger of
-clean and adversarial queries; "at risk" the tenth with the highest loss in the first epochs of ONE run on everybody. The
+clean and adversarial queries; "at risk" the tenth with the highest mean loss over ONE short run on everybody. The
 threshold is one for all, so "accused" says how many NON-members at risk lie beyond it: only what is found beyond that gives
 membership away. In per cent, 95 % t-intervals over the models as targets, which share their data. "robust": withstands PGD on
 the cross-entropy and on the margin, without a random start, with the steps that each run names; adversarial queries are made

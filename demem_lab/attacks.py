@@ -26,6 +26,7 @@ from demem_lab.store import Store
 from demem_lab.streams import Streams
 from demem_lab.validate import choice, finite, images, integer, labels, shown
 
+PIXELS = "give the attack radius in pixel units of [0, 1], for instance 8/255"
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, K], labels [B] -> loss [B], what the attack increases
 
 
@@ -66,7 +67,8 @@ class PGD:
     random_start: bool = True
 
     def __post_init__(self) -> None:
-        finite("eps", self.eps, low=0, fix="give the attack radius in pixel units of [0, 1], for instance 8/255")
+        linf = {"high": 1} if self.norm == "linf" else {}  # no two images are further apart
+        finite("eps", self.eps, low=0, **linf, fix=PIXELS)
         integer("steps", self.steps, low=1)
         integer("restarts", self.restarts, low=1)
         choice("norm", self.norm, ("linf", "l2"))
@@ -160,7 +162,7 @@ class NFGSM:
     k: float = 2.0
 
     def __post_init__(self) -> None:
-        finite("eps", self.eps, low=0, fix="give the attack radius in pixel units of [0, 1], for instance 8/255")
+        finite("eps", self.eps, low=0, high=1, fix=PIXELS)
         finite("k", self.k, low=0)
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, *, rng=None, loss: Loss = cross_entropy) -> Tensor:

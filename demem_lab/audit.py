@@ -25,7 +25,7 @@ from demem_lab.accounting import NoGuarantee
 from demem_lab.empirical import one_run_bound
 from demem_lab.guarantees import Guarantee
 from demem_lab.leakage import MIN_FALSE_POSITIVES, by_group, canaries, evaluate, held_out_accuracy, reliably_found
-from demem_lab.membership import by_class, lira, rmia, twins
+from demem_lab.membership import by_class, lira, missing_references, rmia, twins
 from demem_lab.outputs import Outputs, outputs_from_arrays
 from demem_lab.report import AuditReport
 from demem_lab.risk import deciles, memorization
@@ -150,7 +150,7 @@ def _attacks(outputs: Outputs, graded: np.ndarray | None, skipped: dict[str, str
         else:
             asked = list(tables.values()) if query == "adversarial" else [table]
             yield "label_robustness", query, lambda some, asked=asked: label_robustness([t[some] for t in asked], y)
-    without, inside = (_no_shadows(member, who, side) for who, side in ((~member, "without"), (member, "with")))
+    without, inside = (missing_references(member, who, side) for who, side in ((~member, "without"), (member, "with")))
     if without:
         skipped["LiRA and RMIA"] = without
         return
@@ -167,19 +167,6 @@ def _attacks(outputs: Outputs, graded: np.ndarray | None, skipped: dict[str, str
         yield f"lira_{'offline' if inside else 'online'}", "combined", lambda some: lira(
             np.stack([x[some] for x in margins.values()]), member[some], online=not inside
         )
-
-
-def _no_shadows(member: np.ndarray, who: np.ndarray, side: str) -> str:
-    """Why some sample lacks a reference in `who` [M, N]; empty when none does."""
-    models, other = len(member), twins(member)
-    if models < 3:
-        return f"they need shadow models: outputs of several models trained on known parts of the data, got {models}"
-    count = who.sum(0) - who
-    has = other >= 0
-    count[has] -= who[other[has]]
-    if count.min() < 1:
-        return f"some sample has no other model {side} it, beside the target and its twin; train 4 in complementary halves"
-    return ""
 
 
 def _classes_covered(outputs: Outputs, skipped: dict[str, str]) -> bool:

@@ -54,14 +54,19 @@ def status(lab: Experiment, notebook: str = "", chosen: str | None = None) -> st
 
 def plan_status(
     plan: Protocol, notebook: str, dataset: Dataset, *, store: Store | None = None, device: str = "auto",
-    chosen: str | None = None,
+    chosen: str | None = None, elsewhere: str = "",
 ) -> str:
-    """`status` of a notebook that runs a protocol (08): all its treatments, on `dataset`."""
+    """`status` of a notebook that runs a protocol (08): all its treatments, on `dataset`.
+
+    elsewhere: the scheduler whose workers compute; nothing is tried on this machine then, and no time is estimated.
+    """
     device, treatments = farm.suited(device, dataset.name), len(protocol.arms_of(plan))
     what = (
         f"{treatments} treatments x {plan.models} models ({plan.model}) on {dataset.n} images of {dataset.name}; "
-        f"{uses(device)}; {_kept(store or Store(), dataset)}"
+        f"{f'the workers of {elsewhere}' if elsewhere else uses(device)}; {_kept(store or Store(), dataset)}"
     )
+    if elsewhere:
+        return f"{notebook}: how long depends on the workers\n{what}{_warning(chosen)}"
     return _lines(notebook, plan_seconds(plan, notebook, dataset, device=device), what + _warning(chosen))
 
 

@@ -8,8 +8,8 @@ work is outside Python's lock, and no second copy of torch is needed); pass an e
 [3, 3]
 
 Beyond one machine Dask is the tested engine, one chunk on each GPU at a time: start its workers with
-`dask worker SCHEDULER --resources GPU=1`, and pass `Client(SCHEDULER).get_executor(resources={"GPU": 1})`. A worker that is
-killed costs its own chunk, which Dask gives to another one.
+`dask worker SCHEDULER --resources GPU=1`, and pass `connect(SCHEDULER)`. A worker that is killed costs its own chunk, which
+Dask gives to another one.
 """
 
 from __future__ import annotations
@@ -62,6 +62,26 @@ def suited(name: str, dataset: str) -> str:
     """The device for a data set, by name: digits turn "auto" into the CPU, also where a GPU is; all else stays as asked."""
     # a step on 8x8 images takes less time than telling a GPU to do it
     return "cpu" if name == "auto" and dataset == "digits" else name
+
+
+def connect(address: str, *, seconds: float = 10) -> Executor:
+    """The workers of the Dask scheduler at `address`, as an executor; where any offers a GPU, only those, a chunk on each.
+
+    Raises ImportError without Dask, ConnectionError where no scheduler answers or it has no workers, each with the fix.
+    """
+    try:
+        from dask.distributed import Client
+    except ImportError:
+        raise ImportError("a Dask scheduler takes Dask on this side, too: pip install 'demem-lab[cluster]'") from None
+    try:
+        client = Client(address, timeout=seconds, set_as_default=False)
+        client.wait_for_workers(1, timeout=seconds)
+    except (OSError, TimeoutError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        fix = "start `dask scheduler`, and `dask worker ADDRESS` on each machine, and give the address that the scheduler prints"
+        raise ConnectionError(f"no scheduler with workers answers at {address!r} within {seconds:g} s ({first}); {fix}") from None
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return client.get_executor(resources={"GPU": 1} if any("GPU" in worker["resources"] for worker in workers) else {})
 
 
 def device_of(executor: Executor, name: str = "auto") -> torch.device:

@@ -45,6 +45,19 @@ def twins(member: np.ndarray) -> np.ndarray:
     return found
 
 
+def missing_references(member: np.ndarray, who: np.ndarray, side: str) -> str:
+    """Why some sample lacks a reference in `who` [M, N]; empty when none does."""
+    models, other = len(member), twins(member)
+    if models < 3:
+        return f"they need shadow models: outputs of several models trained on known parts of the data, got {models}"
+    count = who.sum(0) - who
+    has = other >= 0
+    count[has] -= who[other[has]]
+    if count.min() < 1:
+        return f"some sample has no other model {side} it, beside the target and its twin; train 4 in complementary halves"
+    return ""
+
+
 def lira(
     signal: np.ndarray, member: np.ndarray, *, variance: str = "shrunk", online: bool = True, leave_twin_out: bool = True,
     references: np.ndarray | None = None,

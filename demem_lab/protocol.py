@@ -6,12 +6,13 @@
 
 Every treatment trains its own `models` on the same complementary halves, so that each sample is in exactly half of them,
 and each model in turn is the target of an attacker who trained the others with the same treatment. Who is at risk is
-scored by ONE cheap run on everybody (loss in the first epochs). Source: Luo & Li, arXiv 2412.05767, and their public code.
+scored by ONE short run on everybody (its mean loss). Source: Luo & Li, arXiv 2412.05767, and their public code.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from demem_lab import data, farm, queries, risk, training
+from demem_lab import __version__, data, farm, queries, risk, training
 from demem_lab.attacks import PGD, margin
 from demem_lab.augment import usual
 from demem_lab.data import Dataset
@@ -219,11 +220,16 @@ def run(
     return done
 
 
+def profile(name: str = "") -> Protocol:
+    """The protocol of that profile; empty: $DEMEM_PROFILE, else "lesson". ValueError for a name that there is none of."""
+    return PROFILES[choice("profile", name or os.environ.get("DEMEM_PROFILE") or "lesson", PROFILES)]
+
+
 def risk_score(
     protocol: Protocol, dataset: Dataset, *, store: Store, device: str = "auto", progress: bool = False,
     executor: Executor | None = None,
 ) -> np.ndarray:
-    """[N] mean adversarial loss of each sample in the first epochs of ONE plain run that trains on everybody.
+    """[N] mean adversarial loss of each sample over ONE plain run of `scoring_epochs` epochs that trains on everybody.
 
     device and executor as in `run`.
     """
@@ -305,13 +311,23 @@ def _query(ask: Callable[..., np.ndarray], y: np.ndarray, attack: PGD) -> dict[s
 
 
 def _provenance(machine: dict, seconds: float, began: float) -> dict:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
     date = time.strftime("%Y-%m-%d", time.gmtime(began))
-    return {
-        "date": date, "commit": commit or "unknown", **machine, "seconds of training and queries": round(seconds, 1),
-    }
+    return {"date": date, "commit": _commit(), **machine, "seconds of training and queries": round(seconds, 1)}
+
+
+def _commit() -> str:
+    """The commit that this code is, "+" where it was changed since; without a repository of its own, the version."""
+    here, version = Path(__file__).resolve().parents[1], f"version {__version__}"
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
+            return version  # installed inside somebody else's repository
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "demem_lab") else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return version
 
 
 def _machine_of(device: str, executor: Executor | None) -> dict:

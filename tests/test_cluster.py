@@ -5,6 +5,7 @@ Dask's workers are real processes here; one small cluster serves all tests.
 
 import os
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,22 @@ def client(cluster):
 @pytest.fixture
 def executor(client):
     return client.get_executor(resources={"GPU": 1})
+
+
+def test_connecting_takes_the_workers_that_have_a_gpu(cluster):
+    assert farm.run(lambda chunk, stop: chunk + 1, [1, 2], executor=farm.connect(cluster.scheduler_address)) == [2, 3]
+    assert farm.connect(cluster.scheduler_address)._kwargs["resources"] == {"GPU": 1}
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as plain:
+        assert farm.connect(plain.scheduler_address)._kwargs["resources"] == {}
+
+
+def test_no_scheduler_and_no_dask_are_one_sentence_each(monkeypatch):
+    for address in ("tcp://127.0.0.1:1", "nonsense://here"):
+        with pytest.raises(ConnectionError, match=f"no scheduler with workers answers at '{address}' within 1 s .*dask worker"):
+            farm.connect(address, seconds=1)
+    monkeypatch.setitem(sys.modules, "dask.distributed", None)
+    with pytest.raises(ImportError, match=r"pip install 'demem-lab\[cluster\]'"):
+        farm.connect("tcp://127.0.0.1:1")
 
 
 def same(a, b):

@@ -43,8 +43,12 @@ def test_a_protocol_on_the_reference_machine_gets_the_reference_seconds(monkeypa
     assert estimate.plan_seconds(other, "08", images) == pytest.approx((wanted, again))
 
 
-def test_a_protocols_lines_say_what_is_used(tmp_path):
+def test_a_protocols_lines_say_what_is_used(tmp_path, monkeypatch):
     plan, store = protocol.PROFILES["smoke"], Store(tmp_path / "store")
+    with monkeypatch.context() as elsewhere:  # the workers' times are not this machine's
+        elsewhere.setattr(estimate, "_step_seconds", lambda *_: pytest.fail("something was tried here"))
+        there = estimate.plan_status(plan, "08", plan.load(), store=store, device="cuda", elsewhere="tcp://node:8786")
+    assert "depends on the workers" in there and "the workers of tcp://node:8786; " in there
     first, second = estimate.plan_status(plan, "08", plan.load(), store=store).splitlines()
     assert re.fullmatch(r"08: about .* on this machine.*", first) and store.count() == 0
     assert second.startswith("7 treatments x 6 models (mlp) on 300 images of digits; CPU, ") and "; 0 results" in second

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import subprocess
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
@@ -380,6 +381,38 @@ def test_bad_calls_end_before_anything_is_trained(tmp_path, store, monkeypatch, 
     monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("it trained"))
     with pytest.raises(ValueError, match=words):
         call(store, tmp_path)
+
+
+def test_the_commit_is_this_codes_or_none(tmp_path, monkeypatch):
+    def repository(folder, name):
+        (folder / "demem_lab").mkdir(parents=True)
+        code = folder / "demem_lab" / name
+        code.write_text("1")
+        for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"]):
+            subprocess.run(["git", *words], cwd=folder, check=True)
+        return code
+
+    code = repository(tmp_path / "own", "protocol.py")
+    monkeypatch.setattr(protocol, "__file__", str(code))
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=code.parent, capture_output=True, text=True).stdout.strip()
+    assert protocol._commit() == head
+    code.write_text("2")
+    assert protocol._commit() == head + "+"
+    other = repository(tmp_path / "theirs", "x.py").parents[1] / "venv" / "demem_lab" / "protocol.py"
+    for place in (other, tmp_path / "nowhere" / "demem_lab" / "protocol.py"):
+        place.parent.mkdir(parents=True)
+        monkeypatch.setattr(protocol, "__file__", str(place))
+        assert protocol._commit().startswith("version ")
+    monkeypatch.setattr(protocol, "__file__", str(code))
+    monkeypatch.setenv("PATH", "")
+    assert protocol._commit().startswith("version ")  # no git at all
+
+
+def test_an_unknown_profile_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("DEMEM_PROFILE", "foo")
+    with pytest.raises(ValueError, match="profile must be one of 'smoke', 'lesson', 'full', 'paper', got 'foo'"):
+        protocol.profile()
+    assert protocol.profile("smoke") == PROFILES["smoke"]
 
 
 def test_provenance_is_that_of_the_machine_that_computed(store, monkeypatch):
