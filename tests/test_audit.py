@@ -123,7 +123,7 @@ def test_risk_groups_are_attacked_by_models_that_did_not_choose_them():
 def test_every_target_of_the_other_half_has_a_reference_on_each_side(models):
     member = member_masks(60, models, seed=0).numpy()
     rest = member[~auditing._two_halves(member)]
-    assert not auditing._no_shadows(rest, rest, "with") and not auditing._no_shadows(rest, ~rest, "without")
+    assert not membership.missing_references(rest, rest, "with") and not membership.missing_references(rest, ~rest, "without")
     assert "that takes 8" in audit(ensemble(models=6), fprs=(0.1,)).skipped["groups by risk"]
 
 
