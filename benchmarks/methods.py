@@ -37,8 +37,8 @@ to 1e-5 or better (attacks included).
 """
 DEPARTURES = {  # method -> its source, and where this package departs from it, with the reason
     "PGD-AT": ("Madry et al. 2018, equation 2.1", "the attack sees the model in evaluation mode, as in MART's public code"),
-    "RS-FGSM": ("Wong, Rice & Kolter 2020", "-"),
-    "N-FGSM": ("de Jorge et al. 2022", "-"),
+    "RS-FGSM": ("Wong, Rice & Kolter 2020", "the slope is taken in evaluation mode, there in training mode"),
+    "N-FGSM": ("de Jorge et al. 2022, and their public code", "the slope is taken in evaluation mode, there in training mode"),
     "TRADES": (
         "Zhang et al. 2019, equation 5",
         "the attack's start is clamped to [0, 1], because networks are promised pixels; KL from logits, so that a probability "
@@ -126,6 +126,7 @@ def whole_page(tables: str) -> str:
 def kept_section(name: str, results: Results) -> str:
     """One kept run of the authors' protocol: its settings and a row a treatment."""
     s, p, rows = results.protocol, results.provenance, {}
+    note = f" Note: {p['note']}." if "note" in p else ""
     for arm in results.arms:
         cells = {"accuracy": "clean accuracy", "robust": "robust accuracy"}
         for attack in ("LiRA", "RMIA"):
@@ -140,7 +141,7 @@ def kept_section(name: str, results: Results) -> str:
         f"in {s['attack_steps']} step(s), judged by PGD-{s['query_steps']}, {s['epochs']:g} epochs, batches of "
         f"{s['batch_size']}, learning rate {s['lr']:g} (DP "
         f"for everybody {s['dp_lr']:g}), noise multiplier {s['noise_multiplier']:g}, {s['fraction']:.0%} treated, {s['models']} "
-        f"models a treatment; {p['device']}, commit {p['commit']}, {p['date']}, torch {p['torch']}.\n\n"
+        f"models a treatment; {p['device']}, commit {p['commit']}, {p['date']}, torch {p['torch']}.{note}\n\n"
         f"{pairs.markdown(pd.DataFrame.from_dict(rows, orient='index'), 'treatment')}\n\n"
     )
 
