@@ -206,7 +206,7 @@ def store(root: str | Path | None = None) -> Check:
         kept = Store(root)
     except PermissionError as error:
         return Check("store", "fail", str(error).partition("; ")[0], "export DEMEM_STORE=a folder you can write to")
-    size = sum(file.stat().st_size for file in kept.root.glob("*/*") if file.is_file()) / 1e6
+    size = sum(map(_size, kept.root.glob("*/*"))) / 1e6
     free = shutil.disk_usage(kept.root).free / 1e9
     text = f"{kept.root}: {kept.count()} results, {size:.0f} MB; {free:.1f} GB free"
     if free < FREE_GB:
@@ -285,6 +285,13 @@ def _groups(root: Path) -> list[Path]:
         inner = base / path.lstrip("/")
         found += [inner, *(parent for parent in inner.parents if parent.is_relative_to(base))]
     return [folder for folder in dict.fromkeys([*found, top, top / "memory", top / "cpu"]) if folder.is_dir()]
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except OSError:  # another process took it away after it was listed
+        return 0
 
 
 def _number(file: Path) -> int | None:

@@ -16,6 +16,7 @@ noticed by its digest, reported, and computed anew. Nothing is ever unpickled.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -35,7 +36,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+PATIENCE = 2.0  # seconds of silent waiting for another process
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without locks answer
 
 
 class StoreWarning(UserWarning):
@@ -43,7 +47,7 @@ class StoreWarning(UserWarning):
 
 
 class StoreError(OSError):
-    """An entry could not be written, in one sentence: the disk is full or read-only. What was kept before is unharmed."""
+    """An entry could not be written, in one sentence: disk full, read-only or without locks. What was kept before is unharmed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Store:
             lock = FileLock(str(place) + ".lock")  # the operating system's: a killed process gives it back
             with self._writing():
                 place.parent.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
+                _wait_for(lock)
             try:
                 entry = self._read(place)
                 if entry is None:
@@ -150,22 +154,33 @@ class Store:
     def entries(self) -> list[dict[str, Any]]:
         """What is kept: kind, key, megabytes, created (seconds since 1970), a row for each entry."""
         rows = []
-        for file in sorted(self.root.glob("*/*.json")):
+        for file in sorted(self._sidecars()):
             entry = self._read(file.with_suffix(""))
             if entry is not None:
-                size = entry.path.stat().st_size / 1e6
+                size = sum(a.nbytes for a in entry.arrays.values()) / 1e6  # its file may be gone by now
                 rows.append({"kind": file.parent.name, "key": file.stem, "MB": size, "created": entry.meta["created"]})
         return rows
 
     def count(self, text: str = "") -> int:
         """How many entries have `text` (a fingerprint, say) in their configuration; reads no arrays."""
-        return sum(text in file.read_text(encoding="utf-8") for file in self.root.glob("*/*.json"))
+        found = 0
+        for file in self._sidecars():
+            try:
+                found += text.encode() in file.read_bytes()  # bytes: a damaged one need not be text
+            except OSError:
+                pass  # another process took it away after it was listed
+        return found
+
+    def _sidecars(self) -> Iterator[Path]:
+        return (file for file in self.root.glob("*/*.json") if not file.name.startswith("."))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """What the disk refuses, in one sentence that names the folder and the fix."""
         try:
             yield
+        except StoreError:
+            raise
         except OSError as error:
             free = shutil.disk_usage(self.root).free / 1e6 if self.root.exists() else 0.0
             raise StoreError(
@@ -237,6 +252,21 @@ def installed(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
+
+
+def _wait_for(lock: FileLock) -> None:
+    """Hold the lock; who waits for long is told once for what. StoreError where the file system has no locks."""
+    try:
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            print(f"another process computes this; waiting ({lock.lock_file})", flush=True)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+        folder = Path(lock.lock_file).parents[1]
+        raise StoreError(f"{folder} is on a file system that has no locks; choose another folder with DEMEM_STORE") from None
 
 
 def _versions() -> dict[str, str]:
