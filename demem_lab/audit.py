@@ -301,7 +301,8 @@ def _empirical(attack: str, query: str, scores, member, delta: float, coins: boo
     if not coins or n < 1000:
         skipped["empirical epsilon"] = (
             f"one run needs at least 1,000 samples, each included by an independent fair coin; there are {n:,}" if coins else
-            "one run bounds epsilon only where each sample was included by an independent fair coin (say independent_coins=True)"
+            "one run bounds epsilon only where each sample was included by an independent fair coin (say independent_coins=True, "
+            "on the command line --independent-coins)"
         )
         return {}
     odd = scipy.stats.binomtest(int(member[0].sum()), n).pvalue

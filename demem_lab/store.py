@@ -77,8 +77,9 @@ class Store:
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
+            why = "it is a file" if self.root.is_file() else error.strerror
             raise PermissionError(
-                f"results cannot be kept in {self.root} ({error.strerror}); set DEMEM_STORE to a folder you can write to"
+                f"results cannot be kept in {self.root} ({why}); set DEMEM_STORE to a folder you can write to"
             ) from None
 
     def key(self, kind: str, config: Any, *, modules: Sequence[str] = ()) -> str:
@@ -111,8 +112,8 @@ class Store:
             place.parent.mkdir(parents=True, exist_ok=True)
             there = data.exists()
             try:
-                _write(data, content)
-                _write(place.with_suffix(".json"), json.dumps(full).encode())
+                write_whole(data, content)
+                write_whole(place.with_suffix(".json"), json.dumps(full).encode())
             except BaseException:
                 if not there:  # nobody would ever read it, and a full disk needs the space
                     data.unlink(missing_ok=True)
@@ -273,7 +274,12 @@ def _versions() -> dict[str, str]:
     return {"torch": installed("torch"), "numpy": np.__version__}
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file at once or not at all: beside its place, then moved into it. OSError when the disk refuses."""
+    if path.exists() and not path.is_file():  # a pipe or a terminal, of which there is no whole; a folder is refused
+        path.write_bytes(content)
+        return
+    path = Path(os.path.realpath(path))  # a link stays one
     # not by mkstemp, whose files are for their owner alone: in a store that several people share the umask decides
     name = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{secrets.token_hex(8)}")
     file = open(name, "xb")

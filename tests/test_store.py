@@ -198,7 +198,7 @@ def test_a_writer_that_dies_between_data_and_sidecar_leaves_the_old_entry(store,
     import demem_lab.store as module
 
     store.put("k", 1, {"x": np.zeros(3)})
-    real, count = module._write, []
+    real, count = module.write_whole, []
 
     def write(path, content):
         count.append(path)
@@ -206,7 +206,7 @@ def test_a_writer_that_dies_between_data_and_sidecar_leaves_the_old_entry(store,
             raise KeyboardInterrupt
         real(path, content)
 
-    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setattr(module, "write_whole", write)
     with pytest.raises(KeyboardInterrupt):
         store.put("k", 1, {"x": np.ones(3)})
     with warnings.catch_warnings():
@@ -355,7 +355,7 @@ def test_a_lock_is_given_back_when_the_disk_refuses(store, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write", full)
+        patch.setattr(module, "write_whole", full)
         with pytest.raises(StoreError):
             store.compute("k", 1, lambda: {"x": np.zeros(3)})
     assert store.compute("k", 1, lambda: {"x": np.zeros(3)}).fresh
