@@ -273,7 +273,7 @@ def _refuse_targets(files: Sequence[Path], targets: dict[str, Path | None]) -> N
             continue
         place = os.path.realpath(target)
         if target.is_dir():
-            _stop(f"{option} {target} is a folder; give the name of a file")
+            _stop(f"{option} {target} cannot be written, for it is a folder; give a file")
         if place in read:
             _stop(f"{option} {target} would overwrite the outputs that it reports on; give another file")
         if place in written:

@@ -214,7 +214,7 @@ def outputs(n=600, seed=0):
     (("x.npz", "--json", "./here/../x.npz"), "would overwrite the outputs"), (("x.npz", "--html", "link.npz"), "would overwrite"),
     (("folder", "--json", "folder/member_logits.npy"), "would overwrite the outputs"),
     (("x.npz", "--html", "a", "--json", "./a"), "--html and --json both name a"),
-    (("x.npz", "--html", "here"), "--html here is a folder"),
+    (("x.npz", "--html", "here"), "--html here cannot be written, for it is a folder"),
 ])
 def test_a_report_is_not_written_over_its_input_or_the_other(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
