@@ -25,6 +25,7 @@ import numpy as np
 
 from demem_lab import limits
 from demem_lab.outputs import KNOWN, Outputs, listed, outputs_from_arrays
+from demem_lab.validate import shown
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 # Bytes that reading and auditing take at their peak, measured from 2 to 100 classes, for one model and for 16 to 64: an array
@@ -61,6 +62,19 @@ def read(path: str | Path | Sequence[str | Path], *, finest_fpr: float | None = 
             raise ValueError(f"{first.name} must end in {', '.join(readers)} or .npy, or be a folder of .npy files")
         arrays = readers[first.suffix.lower()](first)
     return outputs_from_arrays(arrays, source=listed(p.name for p in paths), finest_fpr=finest_fpr)
+
+
+def of_anybody(subject, *, source: str = "arrays") -> Outputs:
+    """`Outputs` from arrays by name, from the path of a file or folder, or as they are. ValueError for anything else."""
+    if isinstance(subject, Outputs):
+        return subject
+    if isinstance(subject, (str, Path)):
+        return read(subject)
+    if not isinstance(subject, Mapping):
+        raise ValueError(
+            f"subject must be arrays by name, Outputs, the path of a file or a torch.nn.Module, got {shown(subject)}"
+        )
+    return outputs_from_arrays(subject, source=source)
 
 
 def write(path: str | Path, arrays: Mapping[str, np.ndarray]) -> Path:
@@ -225,6 +239,9 @@ def _csv(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path.name} has a header and no rows; write a row for each sample")
     if not frame["member"].isin((0, 1)).all():
         raise ValueError(f"the column member of {path.name} must hold only 0 and 1")
+    for flag in (1, 0):
+        if not (frame["member"] == flag).any():
+            raise ValueError(f"the column member of {path.name} has no {flag}; give rows of members (1) and of non-members (0)")
     words = frame["label"][pd.to_numeric(frame["label"], errors="coerce").isna()]
     if len(words):
         raise ValueError(f"the column label of {path.name} must hold class numbers from 0, found {listed(words, most=3)}")

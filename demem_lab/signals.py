@@ -75,7 +75,7 @@ def label_robustness(tables: list[np.ndarray], y: np.ndarray) -> np.ndarray:
     """
     if not len(tables):
         raise ValueError("label robustness needs at least one table of logits, got none")
-    return np.mean([(z := _plain(table)).argmax(-1) == _labels(z, y) for table in tables], axis=0)
+    return np.mean([(z := plain(table)).argmax(-1) == _labels(z, y) for table in tables], axis=0)
 
 
 def margin_from_probability(p: np.ndarray, *, smallest: float = SMALLEST) -> np.ndarray:
@@ -89,7 +89,7 @@ def logits_from_probabilities(p: np.ndarray, *, smallest: float = SMALLEST) -> n
     """Log-probabilities [..., K], which serve as logits. Probabilities below `smallest` are cut, and what rounded to 1 when
     it was written (in float32, all within 6e-8) cannot be told apart again."""
     finite("smallest", smallest, low=1e-300, high=0.5)
-    p = np.clip(_plain(p), smallest, 1.0, dtype=np.float64)
+    p = np.clip(plain(p), smallest, 1.0, dtype=np.float64)
     return np.log(p, out=p)  # in place: a table of its size is enough
 
 
@@ -118,7 +118,7 @@ def _log_one_minus(z: np.ndarray, log_p: np.ndarray) -> np.ndarray:
 def _by_block(function: Signal, logits: np.ndarray, y: np.ndarray | None = None) -> np.ndarray:
     """One model after the other, and of each a block of rows: a table in float64, and its temporaries, would be many times
     its size. The blocks are alike in size, so that none is a single row, whose classes NumPy sums in another order."""
-    logits = _plain(logits)
+    logits = plain(logits)
     if logits.ndim < 2 or logits.shape[-1] < 2:
         raise ValueError(f"logits must be [..., N, K] with K at least 2 classes, got shape {list(logits.shape)}")
     y = None if y is None else _labels(logits, y)
@@ -169,9 +169,13 @@ def _pick(table: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.take_along_axis(table, _index(table, y), axis=-1)[..., 0]
 
 
-def _plain(x) -> np.ndarray:
-    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+def plain(x) -> np.ndarray:
+    """A tensor on any device, or whatever NumPy takes, as a NumPy array; bfloat16, which NumPy does not have, as float32."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = x.float() if str(x.dtype) == "torch.bfloat16" else x
+    return np.asarray(x)
 
 
 def _array(x) -> np.ndarray:
-    return _plain(x).astype(np.float64, copy=False)
+    return plain(x).astype(np.float64, copy=False)

@@ -114,10 +114,12 @@ def test_damaged_and_unknown_files(tmp_path):
     ("text", "words"),
     [
         ("a,b\n1,2\n", "columns member"),
-        ("member,label,logit_0,logit_2\n1,0,1,2\n", "without gaps"),
+        ("member,label,logit_0,logit_2\n1,0,1,2\n0,0,1,2\n", "without gaps"),
         ("member,label,logit_0,logit_1\n2,0,1,2\n", "only 0 and 1"),
         ("member,label,logit_0,logit_1\n1,0,x,2\n0,0,1,2\n", "numbers only"),
         ("", "cannot be read"),
+        ("member,label,logit_0,logit_1\n1,0,1,2\n", "column member of a.csv has no 0; give rows of members"),
+        ("member,label,logit_0,logit_1\n0,0,1,2\n", "has no 1"),
         ("member,label,logit_0,logit_1\n", "no rows"),
         ("member,label,logit_0,logit_1\n1,cat,1,2\n0,0,1,2\n", "class numbers from 0, found cat"),
         ("member,label,logit_0,logit_1\n1,,1,2\n0,0,1,2\n", "class numbers from 0, found nan"),
