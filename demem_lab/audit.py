@@ -23,6 +23,7 @@ import scipy  # its stats take half a second, and load when first asked for
 from demem_lab import __version__
 from demem_lab.accounting import NoGuarantee
 from demem_lab.empirical import one_run_bound
+from demem_lab.files import of_anybody
 from demem_lab.guarantees import Guarantee
 from demem_lab.leakage import MIN_FALSE_POSITIVES, by_group, canaries, evaluate, held_out_accuracy, reliably_found
 from demem_lab.membership import by_class, lira, missing_references, rmia, twins
@@ -32,6 +33,7 @@ from demem_lab.risk import deciles, memorization
 from demem_lab.signals import SIGNALS, confidence, label_robustness, logit_margin
 from demem_lab.subject import ask, load_weights
 from demem_lab.validate import finite
+from demem_lab.validate import shown as shown_value
 
 __all__ = ["audit", "load_weights"]
 FPRS = (0.1, 0.01, 0.001)
@@ -57,7 +59,7 @@ def audit(
 ) -> AuditReport:
     """Measure what a model gives away about its training set.
 
-    subject: arrays by name (see `files` for the names), `Outputs` as read from a file, or a torch.nn.Module that maps images
+    subject: arrays by name (see `outputs`), `Outputs`, the path of a file of them, or a torch.nn.Module that maps images
     [B, C, H, W] to logits [B, K]; then members and non_members are (images, labels), eps the Linf radius of adversarial
     queries (none if not given), attack another attack than PGD-10, autoattack how many non-members AutoAttack is run on.
     groups: name -> bool [N]. planted: bool [N], the canaries. guarantee: what is promised, as text or a `Guarantee`.
@@ -65,6 +67,12 @@ def audit(
     prior: the share of members among those asked about, for the precision. Raises ValueError for data that do not fit.
     """
     robustness, notes, how, skipped, graded = {}, [], {}, {}, None
+    fprs = (fprs,) if isinstance(fprs, float) else fprs
+    if not isinstance(fprs, Sequence | np.ndarray) or isinstance(fprs, str):
+        raise ValueError(f"fprs must be false positive rates such as (0.1, 0.01), got {shown_value(fprs)}")
+    finite("delta", delta, low=0, high=1)
+    if isinstance(subject, type):
+        raise ValueError(f"subject must be a network, not {shown_value(subject)}; call it first: {subject.__name__}(...)")
     if hasattr(subject, "forward") and hasattr(subject, "parameters"):
         asked = ask(
             subject, members=members, non_members=non_members, eps=eps, attack=attack, autoattack_on=autoattack, device=device
@@ -76,7 +84,11 @@ def audit(
     elif members is not None or non_members is not None or eps is not None or autoattack:
         raise ValueError("members, non_members, eps and autoattack belong to a torch.nn.Module; arrays bring their own outputs")
     else:
-        outputs = subject if isinstance(subject, Outputs) else outputs_from_arrays(subject, source=name or "arrays")
+        outputs = of_anybody(subject, source=name or "arrays")
+    if groups is not None and not isinstance(groups, Mapping):
+        raise ValueError(f"groups must be bool [N] by name, such as {{'rare': rare}}, got {shown_value(groups)}")
+    if planted is not None and not np.any(planted):
+        raise ValueError("planted marks no sample; mark the canaries with True, or leave it out")
     finite("prior", prior, low=0, high=1)
     fprs = tuple(sorted({finite("a false positive rate", f, low=1e-9, high=1) for f in fprs}, reverse=True))
     member, y = outputs.membership, outputs.labels
@@ -307,7 +319,8 @@ def _empirical(attack: str, query: str, scores, member, delta: float, coins: boo
     if not coins or n < 1000:
         skipped["empirical epsilon"] = (
             f"one run needs at least 1,000 samples, each included by an independent fair coin; there are {n:,}" if coins else
-            "one run bounds epsilon only where each sample was included by an independent fair coin (say independent_coins=True)"
+            "one run bounds epsilon only where each sample was included by an independent fair coin (say independent_coins=True, "
+            "on the command line --independent-coins)"
         )
         return {}
     odd = scipy.stats.binomtest(int(member[0].sum()), n).pvalue

@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 
 from demem_lab import runner, site
+from demem_lab.store import Store, write_whole
 
 INTRO = (
     "Adversarial training makes a model withstand manipulated images. It may also make it remember more about the images "
@@ -43,12 +44,17 @@ def run_command(
     timeout: Annotated[int, typer.Option(help="seconds that one cell may take; 0: as long as it likes", min=0)] = 0,
 ) -> None:
     """Run notebooks headless with checked parameters; exit status 1 when a cell fails, 2 for a bad parameter."""
-    given = dict(_pair(text) for text in p or [])  # first: of papermill's "-p name value" the value looks like a notebook
+    given = {}  # first: of papermill's "-p name value" the value looks like a notebook
+    for name, value in [*map(_pair, p or []), *([("profile", profile)] if profile else [])]:
+        if given.setdefault(name, value) != value:
+            _stop(f"{name} is given as {given[name]!r} and as {value!r}; give it once")
     paths = [found for name in notebooks for found in find(name)]
-    if profile:
-        given["profile"] = profile
+    asked = os.environ.get("DEMEM_PROFILE")
     for path in paths:
         _refuse_bad(lambda path=path: runner.check(path, given))
+        if asked and "profile" not in given and "profile" in runner.parameters(path):
+            _refuse_bad(lambda path=path: runner.check(path, {"profile": asked}), "the variable DEMEM_PROFILE: ")
+        _refuse_bad(lambda path=path: runner.refuse_source(path, out / path.name))
     raise typer.Exit(run_all(paths, out, given, timeout=timeout))
 
 
@@ -79,12 +85,18 @@ def report_command(
     json_out: Annotated[Path | None, typer.Option("--json", help="write the numbers here")] = None,
     fpr: Annotated[list[float] | None, typer.Option(help="a false positive rate, may be repeated")] = None,
     guarantee: Annotated[str, typer.Option(help="what the training promised, in words, to stand in the report")] = "",
+    independent_coins: Annotated[
+        bool, typer.Option("--independent-coins", help="each sample was included by an independent fair coin: bound epsilon")
+    ] = False,
+    delta: Annotated[float, typer.Option(help="delta of the bound on epsilon")] = 1e-5,
+    prior: Annotated[float, typer.Option(help="share of members among those asked about, for the precision")] = 0.5,
 ) -> None:
     """Audit outputs from files, without a notebook; exit status 2 for a file that cannot be believed."""
     from demem_lab import audit as auditing
     from demem_lab.files import read
     from demem_lab.report import page, to_json
 
+    _refuse_targets(files, {"--html": html, "--json": json_out})
     arrays = [file for file in files if file.suffix.lower() == ".npy"]  # one model's arrays, a file each
     subjects = [file for file in files if file not in arrays] + ([arrays] if arrays else [])
     reports = []
@@ -92,7 +104,10 @@ def report_command(
         name = subject.name if isinstance(subject, Path) else subject[0].resolve().parent.name
         label = subject if isinstance(subject, Path) else " ".join(map(str, subject))
         try:
-            made = auditing.audit(read(subject), fprs=tuple(fpr or auditing.FPRS), guarantee=guarantee or None, name=name)
+            made = auditing.audit(
+                read(subject), fprs=tuple(fpr or auditing.FPRS), guarantee=guarantee or None, name=name,
+                independent_coins=independent_coins, delta=delta, prior=prior,
+            )
         except (ValueError, OSError) as error:
             _stop(f"{label}: {error}")
         except MemoryError:
@@ -107,9 +122,9 @@ def report_command(
         if target is not None:
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(content(reports), encoding="utf-8")
+                write_whole(target, content(reports).encode())
             except OSError as error:
-                _stop(f"{target} cannot be written: {error.strerror}")
+                _stop(f"{target} cannot be written: {error.strerror or error}")
             print(f"wrote {target}")
 
 
@@ -138,22 +153,45 @@ def run_all(paths: Sequence[Path], out: Path, given: dict, *, strict: bool = Fal
     """Run every notebook, also after a failure; write index.html and the tables; 0 only when all went well.
 
     strict: memory, size and seconds over the tour's budget count as failures too, the seconds at the speed that this
-    machine has right then; else they are only said. timeout: seconds for one cell, 0 for any number.
+    machine has right then; else they are only said. timeout: seconds for one cell, 0 for any number. Ctrl-C gives 130, after
+    the report of the notebooks that were finished; a disk that takes no more gives 1.
     """
+    kept = _places()
     _refuse_unwritable(out)
-    results = []
+    results, interrupted = [], False
     os.environ.setdefault("DEMEM_PROFILE", str(given.get("profile", "lesson")))
-    for number, path in enumerate(paths, 1):
-        line = _Line(f"[{number}/{len(paths)}] {path.name}")
-        slow = _slowness() if strict else 1.0
-        result = replace(runner.run(path, out / path.name, given, say=line, timeout=timeout), slowness=slow)
-        results.append(result)
-        line.end(
-            f"{result.seconds:.0f} s, {result.peak_mb:.0f} MB, {result.reused} results reused, {result.computed} computed"
-            + (f", FAILED in {result.error}" if result.error else "")
-        )
-        if result.error:
-            print(f"demem-lab: {path.name} failed in {result.error}; see {result.executed}", file=sys.stderr)
+    try:
+        try:
+            for number, path in enumerate(paths, 1):
+                results.append(_run_one(path, out, given, f"[{number}/{len(paths)}] {path.name}", strict, timeout))
+        except KeyboardInterrupt:
+            interrupted = True
+        status = _summed_up(results, paths, out, strict) if results else 0
+    except OSError as error:
+        what = f"{error.filename or out} cannot be written ({error.strerror or ' '.join(str(error).split())[:200]})"
+        print(f"demem-lab: {what}; make room, or give another folder with --out: results are kept in {kept}", file=sys.stderr)
+        return 1
+    if interrupted:
+        print(f"demem-lab: interrupted; what was computed is kept in {kept}, run again to go on", file=sys.stderr)
+        return 130
+    return status
+
+
+def _run_one(path: Path, out: Path, given: dict, name: str, strict: bool, timeout: int) -> runner.Result:
+    line = _Line(name)
+    slow = _slowness() if strict else 1.0
+    result = replace(runner.run(path, out / path.name, given, say=line, timeout=timeout), slowness=slow)
+    line.end(
+        f"{result.seconds:.0f} s, {result.peak_mb:.0f} MB, {result.reused} results reused, {result.computed} computed"
+        + (f", FAILED in {result.error}" if result.error else "")
+    )
+    if result.error:
+        print(f"demem-lab: {path.name} failed in {result.error}; see {result.executed}", file=sys.stderr)
+    return result
+
+
+def _summed_up(results: Sequence[runner.Result], paths: Sequence[Path], out: Path, strict: bool) -> int:
+    """Write index.html and the tables, say what is over budget; the exit status."""
     folder = paths[0].resolve().parent
     if (folder / "images").is_dir():  # so that the executed notebooks show theirs
         shutil.copytree(folder / "images", out / "images", dirs_exist_ok=True)
@@ -215,6 +253,34 @@ def _slowness() -> float:
     return estimate.slowness()
 
 
+def _places() -> Path:
+    """Where results are kept. Folders named from here are named in full, since a kernel works in the notebook's folder."""
+    for name in ("DEMEM_STORE", "DEMEM_DATA"):
+        if os.environ.get(name):
+            os.environ[name] = os.path.abspath(os.path.expanduser(os.environ[name]))
+    try:
+        return Store().root
+    except PermissionError as error:
+        _stop(str(error))
+
+
+def _refuse_targets(files: Sequence[Path], targets: dict[str, Path | None]) -> None:
+    """Before anything is audited: a report must not be written over its input, over the other report, or where a folder is."""
+    read = {os.path.realpath(one) for file in files for one in (file.glob("*.npy") if file.is_dir() else [file])}
+    written: dict[str, str] = {}
+    for option, target in targets.items():
+        if target is None:
+            continue
+        place = os.path.realpath(target)
+        if target.is_dir():
+            _stop(f"{option} {target} cannot be written, for it is a folder; give a file")
+        if place in read:
+            _stop(f"{option} {target} would overwrite the outputs that it reports on; give another file")
+        if place in written:
+            _stop(f"{written[place]} and {option} both name {target}; give each a file of its own")
+        written[place] = option
+
+
 def _refuse_unwritable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,11 +290,11 @@ def _refuse_unwritable(folder: Path) -> None:
         _stop(f"{folder} cannot be written ({error.strerror}); give another folder with --out")
 
 
-def _refuse_bad(check) -> None:
+def _refuse_bad(check, before: str = "") -> None:
     try:
         check()
     except runner.ParameterError as error:
-        _stop(str(error))
+        _stop(f"{before}{error}")
 
 
 def _stop(message: str) -> None:

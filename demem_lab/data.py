@@ -24,7 +24,7 @@ from torch import Tensor
 
 from demem_lab.store import Store
 from demem_lab.streams import key
-from demem_lab.validate import choice, finite, images, integer, labels
+from demem_lab.validate import choice, finite, images, integer, labels, shown
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,9 @@ def _torchvision(name: str, root: str | Path | None, download: bool, split: str)
         first, second = (_torchvision(name, root, download, part) for part in ("train", "test"))
         return replace(first, x=torch.cat([first.x, second.x]), y=torch.cat([first.y, second.y]))
     known = KNOWN[name]
-    folder = root or os.environ.get("DEMEM_DATA")
+    if root is not None and not isinstance(root, (str, os.PathLike)):
+        raise ValueError(f"root must be a folder, as text or a Path, got {shown(root)}")
+    folder = os.path.expanduser(root or os.environ.get("DEMEM_DATA", ""))
     if not folder:
         raise FileNotFoundError(
             f"{name} needs a folder for its files: set DEMEM_DATA or pass root=... (in a notebook data_root), and "
@@ -228,7 +230,8 @@ def _torchvision(name: str, root: str | Path | None, download: bool, split: str)
         where = Path(folder, known.files.format(split=split))
         fix = f"load({name!r}, root=..., download=True) fetches it, or set DEMEM_DATA to where it is"
         if download:
-            what = f"could not be downloaded to {folder} ({error})"
+            said = " ".join(str(error).split())[:200]
+            what, fix = f"could not be downloaded to {folder} ({said})", _by_hand(loader, folder, split)
         elif where.is_file() or any(file.is_file() for file in where.rglob("*")):
             what = f"in {folder} is damaged or not whole"
             fix = f"delete {where}, then load({name!r}, root=..., download=True) fetches it again"
@@ -242,6 +245,15 @@ def _torchvision(name: str, root: str | Path | None, download: bool, split: str)
         pixels = pixels[:, None]
     y = torch.as_tensor(raw.labels if name == "svhn" else raw.targets, dtype=torch.int64)
     return Dataset(name, pixels.float().contiguous() / 255, y, known.classes, known.source, known.eps)
+
+
+def _by_hand(loader, folder: str, split: str) -> str:
+    """What to fetch with another machine, and where to put it, when torchvision cannot download."""
+    if hasattr(loader, "mirrors"):
+        names, place = ", ".join(name for name, _ in loader.resources), Path(folder, loader.__name__, "raw")
+        return f"on a machine with internet fetch {names} from {loader.mirrors[0]}, and put them into {place}"
+    address = loader.split_list[split][0] if hasattr(loader, "split_list") else loader.url
+    return f"on a machine with internet fetch {address}, put it into {folder} as it is, and load again as you did"
 
 
 def _generator(seed: int, purpose: str, number: int) -> torch.Generator:

@@ -25,9 +25,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from demem_lab import limits
+
 PYTHON = (3, 11)
 PEAK_GB = 1.1  # notebook 05, kernel and workers, as measured by the tour
-NO_LIMIT = 1 << 60  # control groups of version 1 say "none" as a number larger than any memory
 FREE_GB = 1.0  # the lessons' results take about half of it
 EXTENSIONS = ("@jupyter-widgets/jupyterlab-manager", "anywidget", "jupyterlab-plotly")
 FOLDERS = {
@@ -53,8 +54,8 @@ def checkup() -> list[Check]:
     if any(check.state == "fail" for check in found):
         return [*found, memory(), cores()]  # the rest asks packages that may be missing
     return [
-        *found, *(extra(name, names, version) for name, names in extras.items()), gpu(), memory(), cores(), data(), store(),
-        widgets(), kernel(),
+        *found, *(extra(name, names, version) for name, names in extras.items()), gpu(), memory(), cores(), profile(), data(),
+        store(), widgets(), kernel(),
     ]
 
 
@@ -152,17 +153,10 @@ def memory(
 
     machine: (total, available) bytes; by default as the system says.
     """
-    limits = [found for found in [machine or _machine()] if found]
-    for folder in _groups(root):
-        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            most = _number(folder / limit)
-            if most and most < NO_LIMIT:
-                limits.append((most, most - (_number(folder / used) or 0)))
-    if environ.get("MEM_LIMIT", "").isdigit() and int(environ["MEM_LIMIT"]):
-        limits.append((int(environ["MEM_LIMIT"]), int(environ["MEM_LIMIT"])))
-    if not limits:
+    found = limits.memory(root, environ, machine)
+    if found is None:
         return Check("memory", "warn", "unknown here", f"make sure that {PEAK_GB} GB are free")
-    total, free = (min(numbers) / 1e9 for numbers in zip(*limits, strict=True))
+    total, free = (number / 1e9 for number in found)
     text = f"{total:.1f} GB, {free:.1f} GB of it free"
     if total < PEAK_GB:
         return Check("memory", "fail", f"{text}; notebook 05 needs {PEAK_GB} GB", "use a larger machine, or DEMEM_PROFILE=smoke")
@@ -180,11 +174,26 @@ def cores(root: Path = Path("/"), environ: Mapping[str, str] = os.environ, seen:
     if asked and not (asked.isdigit() and int(asked)):
         return Check("cores", "fail", f"DEMEM_WORKERS is {asked!r}, not a number of at least 1", "unset DEMEM_WORKERS")
     workers = int(asked or seen)
-    ours = min([seen, *filter(None, (_quota(folder) for folder in _groups(root)))])
+    ours = min(seen, limits.quota(root) or seen)
     text = f"{ours:g} of {seen} may be used, {workers} workers, OMP_NUM_THREADS={environ.get('OMP_NUM_THREADS', 'not set')}"
     if workers > math.ceil(ours):
         return Check("cores", "warn", f"{text}; they get in each other's way", f"export DEMEM_WORKERS={math.ceil(ours)}")
     return Check("cores", "ok", text)
+
+
+def profile(asked: str | None = None) -> Check:
+    """Which profile the notebooks take when nothing else is said."""
+    from demem_lab import experiment, protocol
+
+    asked = os.environ.get("DEMEM_PROFILE", "") if asked is None else asked
+    if not asked:
+        return Check("profile", "ok", "lesson; DEMEM_PROFILE is not set")
+    if asked in experiment.PROFILES:
+        return Check("profile", "ok", f"{asked}, by DEMEM_PROFILE")
+    fix = f"export DEMEM_PROFILE={' or '.join(experiment.PROFILES)}, or unset it"
+    if asked in protocol.PROFILES:
+        return Check("profile", "warn", f"DEMEM_PROFILE={asked} is for notebook 08 alone; the others refuse it", fix)
+    return Check("profile", "fail", f"DEMEM_PROFILE={asked} is no profile", fix)
 
 
 def data(root: str | None = None) -> Check:
@@ -194,6 +203,8 @@ def data(root: str | None = None) -> Check:
         return Check("data", "ok", "digits (built in); DEMEM_DATA is not set, so no others")
     if not Path(root).is_dir():
         return Check("data", "warn", f"DEMEM_DATA={root} is no folder; only digits are there", f"mkdir -p {root}, or unset it")
+    if not os.path.isabs(root):
+        return _relative("data", "DEMEM_DATA", root)
     found = [name for name, place in FOLDERS.items() if Path(root, place).exists()]
     return Check("data", "ok", f"digits (built in), {', '.join(found) or 'nothing else'} in {root}")
 
@@ -202,11 +213,14 @@ def store(root: str | Path | None = None) -> Check:
     """Where results are kept, whether that can be written, how much is there, and how much still fits."""
     from demem_lab.store import Store
 
+    asked = os.environ.get("DEMEM_STORE", "")
+    if root is None and asked and not os.path.isabs(os.path.expanduser(asked)):
+        return _relative("store", "DEMEM_STORE", asked)
     try:
         kept = Store(root)
     except PermissionError as error:
         return Check("store", "fail", str(error).partition("; ")[0], "export DEMEM_STORE=a folder you can write to")
-    size = sum(file.stat().st_size for file in kept.root.glob("*/*") if file.is_file()) / 1e6
+    size = sum(map(_size, kept.root.glob("*/*"))) / 1e6
     free = shutil.disk_usage(kept.root).free / 1e9
     text = f"{kept.root}: {kept.count()} results, {size:.0f} MB; {free:.1f} GB free"
     if free < FREE_GB:
@@ -250,6 +264,11 @@ def kernel() -> Check:
     return Check("kernel", "ok", f"python3 is {sys.executable}")
 
 
+def _relative(name: str, variable: str, value: str) -> Check:
+    text = f"{variable}={value} is another folder for every notebook, each of which takes it from where it lies"
+    return Check(name, "warn", text, f"export {variable}={os.path.abspath(value)}")
+
+
 def _missing(required: Sequence[str], version: Callable[[str], str | None]) -> tuple[list[str], str]:
     problems, install = [], []
     for line in required:
@@ -275,42 +294,11 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _groups(root: Path) -> list[Path]:
-    """The control groups that this process is in, the innermost first; version 2 and version 1."""
-    top, found = root / "sys/fs/cgroup", []
-    listing = root / "proc/self/cgroup"
-    for line in listing.read_text().splitlines() if listing.exists() else []:
-        _, kinds, path = line.split(":", 2)
-        base = top / kinds if kinds else top
-        inner = base / path.lstrip("/")
-        found += [inner, *(parent for parent in inner.parents if parent.is_relative_to(base))]
-    return [folder for folder in dict.fromkeys([*found, top, top / "memory", top / "cpu"]) if folder.is_dir()]
-
-
-def _number(file: Path) -> int | None:
-    """The number in a control group's file; None where there is no such file, or no limit ("max")."""
+def _size(file: Path) -> int:
     try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _quota(folder: Path) -> float | None:
-    """Cores that a control group allows; None for all."""
-    if (folder / "cpu.max").is_file():
-        most, period = (folder / "cpu.max").read_text().split()
-        return None if most == "max" else int(most) / int(period)
-    most, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-    return most / period if most and period and most > 0 else None
-
-
-def _machine() -> tuple[int, int] | None:
-    try:
-        import psutil
-    except ImportError:
-        return None
-    facts = psutil.virtual_memory()
-    return facts.total, facts.available
+        return file.stat().st_size if file.is_file() else 0
+    except OSError:  # another process took it away after it was listed
+        return 0
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import secrets
 import struct
 import tokenize
@@ -22,9 +23,18 @@ from pathlib import Path
 
 import numpy as np
 
+from demem_lab import limits
 from demem_lab.outputs import KNOWN, Outputs, listed, outputs_from_arrays
+from demem_lab.validate import shown
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
+# Bytes that reading and auditing take at their peak, measured from 2 to 100 classes, for one model and for 16 to 64: an array
+# as it is read, its table in the precision that it is kept in, copied as often as this, and scores a sample and model. What
+# was measured lies between a half and all of the sum.
+COPIES = {"one model": 2.5, "ensemble": 1.5}
+SCORES = 80
+AT_LEAST = 40_000_000  # blocks of rows, tables of rates
+TABLE = re.compile(r"((non)?member_)?(adv_)?(logits|probs)")
 LONGEST_HEADER = 10_000  # bytes; NumPy's own limit, checked before the header is read
 DAMAGE = (
     zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError, OSError, EOFError, ValueError, KeyError,
@@ -52,6 +62,19 @@ def read(path: str | Path | Sequence[str | Path], *, finest_fpr: float | None = 
             raise ValueError(f"{first.name} must end in {', '.join(readers)} or .npy, or be a folder of .npy files")
         arrays = readers[first.suffix.lower()](first)
     return outputs_from_arrays(arrays, source=listed(p.name for p in paths), finest_fpr=finest_fpr)
+
+
+def of_anybody(subject, *, source: str = "arrays") -> Outputs:
+    """`Outputs` from arrays by name, from the path of a file or folder, or as they are. ValueError for anything else."""
+    if isinstance(subject, Outputs):
+        return subject
+    if isinstance(subject, (str, Path)):
+        return read(subject)
+    if not isinstance(subject, Mapping):
+        raise ValueError(
+            f"subject must be arrays by name, Outputs, the path of a file or a torch.nn.Module, got {shown(subject)}"
+        )
+    return outputs_from_arrays(subject, source=source)
 
 
 def write(path: str | Path, arrays: Mapping[str, np.ndarray]) -> Path:
@@ -122,7 +145,7 @@ def _npys(paths: Sequence[Path]) -> dict[str, np.ndarray]:
         needed = 0
         for file in files:
             with file.open("rb") as opened:
-                needed += _npy_bytes(opened) if file.stem in KNOWN else 0
+                needed += _needed(file.stem, *_npy_header(opened)) if file.stem in KNOWN else 0
         _room(paths[0], needed)
         return {f.stem: np.load(f, allow_pickle=False) if f.stem in KNOWN else np.empty(0) for f in files}
 
@@ -132,7 +155,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
         # only what has a meaning is unpacked: a name that nobody asked for could be a bomb
         names = {name.removesuffix(".npy"): name for name in archive.namelist()}
         wanted = {short: name for short, name in names.items() if short in KNOWN and name != short}
-        _room(path, sum(_npy_bytes(archive.open(name)) for name in wanted.values()))
+        _room(path, sum(_needed(short, *_npy_header(archive.open(name))) for short, name in wanted.items()))
         arrays = {short: np.lib.format.read_array(archive.open(name), allow_pickle=False) for short, name in wanted.items()}
     return {short: arrays.get(short, np.empty(0)) for short in names}
 
@@ -153,8 +176,8 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
         raise ValueError(said) from None
 
 
-def _npy_bytes(file) -> int:
-    """How much memory the array needs, from its header alone."""
+def _npy_header(file) -> tuple[tuple[int, ...], int]:
+    """Shape and bytes an element of an array, from its header alone."""
     start = file.read(12)
     length = int.from_bytes(start[8:10] if start[6:7] == b"\x01" else start[8:12], "little")
     if length > LONGEST_HEADER:
@@ -167,7 +190,18 @@ def _npy_bytes(file) -> int:
         raise ValueError("it holds Python objects, which is a pickle in disguise")
     if min(shape, default=0) < 0:
         raise ValueError(f"a shape of {list(shape)}")
-    return int(np.prod(shape, dtype=object)) * dtype.itemsize
+    return shape, dtype.itemsize
+
+
+def _needed(name: str, shape: Sequence[int], size: int) -> int:
+    """How much memory an audit takes for the array of that name, shape and bytes an element."""
+    elements = int(np.prod(shape, dtype=object))
+    table = TABLE.fullmatch(name)
+    if table is None:
+        return 3 * elements * size  # equal rows of ids and inputs are looked for
+    kept = 4 if size <= 4 and table[4] == "logits" else 8
+    copies = COPIES["one model" if table[1] else "ensemble"]
+    return int(elements * (size + copies * kept)) + SCORES * (elements // max(1, shape[-1] if shape else 1))
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -176,7 +210,9 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="numpy") as opened:
             names = list(opened.keys())
-            _room(path, path.stat().st_size)
+            slices = {name: opened.get_slice(name) for name in names if name in KNOWN}
+            sizes = {name: int(re.sub(r"\D", "", part.get_dtype()) or 8) // 8 for name, part in slices.items()}
+            _room(path, sum(_needed(name, part.get_shape(), sizes[name]) for name, part in slices.items()))
             return {name: opened.get_tensor(name) if name in KNOWN else np.empty(0) for name in names}
     except (SafetensorError, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())[:200]
@@ -189,7 +225,7 @@ def _csv(path: Path) -> dict[str, np.ndarray]:
     """A row a sample: member (0 or 1), label, logit_0.. or prob_0.., optionally adv_logit_0.. or adv_prob_0.., id."""
     import pandas as pd
 
-    _room(path, 3 * path.stat().st_size)
+    _room(path, 10 * path.stat().st_size)  # numbers of three letters take eight bytes, and are copied as in other files
     try:
         frame = pd.read_csv(path, skipinitialspace=True)
     except (ValueError, OSError) as error:
@@ -203,6 +239,9 @@ def _csv(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path.name} has a header and no rows; write a row for each sample")
     if not frame["member"].isin((0, 1)).all():
         raise ValueError(f"the column member of {path.name} must hold only 0 and 1")
+    for flag in (1, 0):
+        if not (frame["member"] == flag).any():
+            raise ValueError(f"the column member of {path.name} has no {flag}; give rows of members (1) and of non-members (0)")
     words = frame["label"][pd.to_numeric(frame["label"], errors="coerce").isna()]
     if len(words):
         raise ValueError(f"the column label of {path.name} must hold class numbers from 0, found {listed(words, most=3)}")
@@ -230,23 +269,10 @@ class _NoRoom(ValueError):
 
 
 def _room(path: Path, needed: int) -> None:
-    """ValueError when the arrays would not fit in memory: better than being killed half way."""
-    room = _available()
-    if needed > 0.8 * room:
+    """ValueError when an audit of the arrays would not fit in memory: better than being killed half way."""
+    needed, found = needed + AT_LEAST, limits.memory()
+    if found and needed > 0.8 * found[1]:
         raise _NoRoom(
-            f"{path.name} needs {needed / 1e9:.3g} GB of memory and {room / 1e9:.3g} GB are free; bring fewer samples or models, "
-            "or float32"
+            f"an audit of {path.name} takes about {needed / 1e9:.3g} GB of memory and {found[1] / 1e9:.3g} GB are free; bring "
+            "fewer samples or models, or float32"
         )
-
-
-def _available(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of memory that are free for this process, in a container also by the container's own limit."""
-    import psutil
-
-    room = psutil.virtual_memory().available
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such limit: another system, an older kernel, or "max"
-        return room
-    return min(room, max(0, limit - used + int(stat.get("inactive_file", 0))))

@@ -12,12 +12,13 @@ same with `nonmember_`. An ensemble: `logits` or `probs` [M, N, K], `labels` [N]
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from demem_lab.signals import logits_from_probabilities
+from demem_lab.signals import logits_from_probabilities, plain
 
 SIDES = ("member", "nonmember")
 SINGLE = tuple(f"{side}_{what}" for side in SIDES for what in (
@@ -26,6 +27,8 @@ SINGLE = tuple(f"{side}_{what}" for side in SIDES for what in (
 ENSEMBLE = ("logits", "probs", "labels", "membership", "adv_logits", "adv_probs")
 KNOWN = frozenset(SINGLE + ENSEMBLE)
 ROUNDING = 1e-3  # how far from 1 a row of probabilities may sum; float16 takes half of it
+MANY, MOSTLY = 50, 0.8  # samples, and the share of the most frequent class, from which one answer to all is odd
+INVERTED = 0.02  # by how much members may be less accurate than non-members before it is odd, chance aside
 LARGEST = 1e100  # differences of larger logits overflow, and no network says such a thing
 
 
@@ -151,7 +154,34 @@ def _checked(logits, labels, membership, adv_logits, probabilities: list[bool], 
             "computed from probabilities: confidences that rounded to 1 (in float32, all within 6e-8 of it) look alike, and "
             "those under 1e-15 are cut; save logits where you can"
         )
+    warnings += _suspicions(logits, labels, membership)
     return Outputs(logits, labels, membership, adv_logits, any(probabilities), tuple(warnings), source)
+
+
+def _suspicions(logits: np.ndarray, labels: np.ndarray, membership: np.ndarray) -> list[str]:
+    """What is legal and looks like a mistake; never said where chance in few samples would look like it."""
+    answers, twice = logits.argmax(-1), []
+    first: dict[bytes, int] = {}
+    for number, table in enumerate(logits):
+        same = first.setdefault(hashlib.sha256(np.ascontiguousarray(table)).digest(), number)
+        if same != number:
+            twice.append(f"models {same} and {number} have identical outputs; was one file written twice?")
+    told = twice[:5]
+    often = np.bincount(labels).max() / len(labels)
+    if len(labels) >= MANY and often < MOSTLY:  # a model may well call everything by a class that nearly everything has
+        dull = np.flatnonzero((answers == answers[:, :1]).all(1))
+        told += [f"model {number} gives one answer to everything, class {answers[number, 0]}" for number in dull[:5]]
+    right = answers == labels
+    inside, outside = (float((right & side).sum() / side.sum()) for side in (membership, ~membership))
+    # one model's samples, though there may be more models: their mistakes are on the same samples
+    size = min(membership.sum(1).min(), (~membership).sum(1).min())
+    chance = np.sqrt(2 * right.mean() * (1 - right.mean()) / size)
+    if outside - inside > max(INVERTED, 4 * chance):
+        told.append(
+            f"members are less accurate than non-members by {100 * (outside - inside):.1f} percentage points: is membership "
+            "inverted?"
+        )
+    return told
 
 
 def _table(arrays: Mapping[str, np.ndarray], prefix: str, axes: int) -> tuple[np.ndarray, bool] | None:
@@ -207,7 +237,13 @@ def _labels(name: str, labels: np.ndarray, n: int, classes: int) -> np.ndarray:
 
 
 def _plain(name: str, a) -> np.ndarray:
-    a = np.asarray(a.detach().cpu() if hasattr(a, "detach") else a)
+    if np.ma.is_masked(a):
+        raise ValueError(f"{name} is a masked array, and its mask would be lost; leave out its {a.mask.sum()} masked entries")
+    try:
+        a = plain(a)
+    except (ValueError, TypeError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name} is no array of numbers, with rows of one length ({said}); give a NumPy array") from None
     if a.dtype.kind == "O":
         raise ValueError(f"{name} is an array of Python objects, which is a pickle in disguise; save plain numbers")
     return a

@@ -16,6 +16,8 @@ import pandas as pd
 
 from demem_lab import pages, plots
 from demem_lab.leakage import Interval
+from demem_lab.outputs import listed
+from demem_lab.store import write_whole
 
 FORMAT = 3
 OLDER = (  # why the groups of a report in format 2 are not read
@@ -118,7 +120,7 @@ class AuditReport:
         """Write the JSON; returns the path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json(), encoding="utf-8")
+        write_whole(path, self.to_json().encode())
         return path
 
     @classmethod
@@ -126,6 +128,9 @@ class AuditReport:
         """Read what `save` wrote, in format 2 without its groups (`skipped` says so). ValueError for another file."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if "reports" in content:
+                names = listed(content["reports"])
+                raise ValueError(f'it holds several, under the key "reports": {names}; write each with a --json of its own')
             found = content.pop("format")
             if found == 2:
                 content["groups"], content["skipped"]["who is found, by group"] = [], OLDER

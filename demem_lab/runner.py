@@ -54,6 +54,12 @@ class Parameter:
     help: str = ""
 
     @property
+    def is_path(self) -> bool:
+        """Whether the value is a file or a folder: a text with no fixed choices whose name or comment says so."""
+        words = re.search(r"\b(file|folder)\b", f"{self.name} {self.help}")
+        return self.type == "str" and not self.choices and words is not None
+
+    @property
     def allowed(self) -> str:
         """The allowed values in words."""
         if self.choices:
@@ -69,6 +75,8 @@ class Parameter:
             raise ParameterError(f"{self.name} must be one of {self.allowed}, got {given!r}")
         if self.low is not None and not self.low <= value <= self.high:
             raise ParameterError(f"{self.name} must lie in {self.allowed}, got {given!r}")
+        if self.is_path and value:  # meant from where the caller is; the kernel works in the notebook's folder
+            return os.path.abspath(os.path.expanduser(value))
         return value
 
     def _converted(self, given: Any) -> Any:
@@ -91,6 +99,8 @@ def parameters(notebook: str | Path) -> dict[str, Parameter]:
     path = Path(notebook)
     try:
         return _parameters(path)
+    except (nbformat.ValidationError, AttributeError, TypeError, KeyError):  # JSON, but of something else
+        raise ParameterError(f"{path.name} is no notebook of Jupyter's format 4; save it anew from JupyterLab") from None
     except (SyntaxError, ValueError, nbformat.reader.NotJSONError) as error:
         if isinstance(error, ParameterError):
             raise
@@ -131,6 +141,12 @@ def check(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise ParameterError("\n".join([*problems, "", describe(known)]))
     return values
+
+
+def refuse_source(notebook: str | Path, out: str | Path) -> None:
+    """ParameterError when the executed notebook would be written over the notebook itself."""
+    if os.path.exists(out) and os.path.samefile(notebook, out):
+        raise ParameterError(f"the executed notebook would overwrite {notebook} itself; give another folder with --out")
 
 
 def describe(known: Mapping[str, Parameter]) -> str:
@@ -188,6 +204,7 @@ def run(
 
     notebook, out = Path(notebook), Path(out)
     values = check(notebook, given or {})
+    refuse_source(notebook, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     started, error = time.monotonic(), ""
     with _own_kernel() as kernel, _store_log() as accesses, _watching(out, say), _Memory() as memory:
@@ -219,7 +236,8 @@ def _own_kernel():
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder, "kernels", name)
         spec.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+        # a kernel that is interrupted logs a traceback of its own as an error; what a cell raises is in the notebook
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
         kernel = json.dumps({"argv": argv, "display_name": name, "language": "python"})
         spec.joinpath("kernel.json").write_text(kernel, encoding="utf-8")
         paths = os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))

@@ -18,11 +18,12 @@ import numpy as np
 from demem_lab.validate import finite
 
 SMALLEST = 1e-15
+BLOCK = 1 << 18  # numbers at once: temporaries in float64 would else be fifteen times the table
 
 
 def cross_entropy(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
     """-log p_y, the loss."""
-    return _by_model(lambda z: -_pick(_log_softmax(z), y), logits)
+    return _by_block(lambda z, y: -_pick(_log_softmax(z), y), logits, y)
 
 
 def confidence(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -33,29 +34,29 @@ def confidence(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 def logit_margin(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
     """log p_y - log(1 - p_y), LiRA's signal, straight from the logits: exact where p_y rounds to 0 or 1."""
 
-    def margin(z: np.ndarray) -> np.ndarray:
+    def margin(z: np.ndarray, y: np.ndarray) -> np.ndarray:
         z = z.copy()
         right = _pick(z, y)
         np.put_along_axis(z, _index(z, y), -np.inf, axis=-1)
         return right - _logsumexp(z)
 
-    return _by_model(margin, logits)
+    return _by_block(margin, logits, y)
 
 
 def entropy(logits: np.ndarray, y: np.ndarray | None = None) -> np.ndarray:
     """-sum_k p_k log p_k: how undecided the model is. Labels are not needed (`y` is there for the common form)."""
 
-    def of(z: np.ndarray) -> np.ndarray:
+    def of(z: np.ndarray, _) -> np.ndarray:
         log_p = _log_softmax(z)
         return -(np.exp(log_p) * log_p).sum(-1)
 
-    return _by_model(of, logits)
+    return _by_block(of, logits)
 
 
 def modified_entropy(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
     """-(1 - p_y) log p_y - sum_{k != y} p_k log(1 - p_k): an entropy that knows the label (Song & Mittal 2021, eq. 7)."""
 
-    def of(z: np.ndarray) -> np.ndarray:
+    def of(z: np.ndarray, y: np.ndarray) -> np.ndarray:
         log_p = _log_softmax(z)
         log_rest = _log_one_minus(z, log_p)
         terms = np.exp(log_p) * log_rest
@@ -63,7 +64,7 @@ def modified_entropy(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
         np.put_along_axis(terms, at, np.take_along_axis(np.exp(log_rest) * log_p, at, -1), axis=-1)
         return -terms.sum(-1)
 
-    return _by_model(of, logits)
+    return _by_block(of, logits, y)
 
 
 def label_robustness(tables: list[np.ndarray], y: np.ndarray) -> np.ndarray:
@@ -74,7 +75,7 @@ def label_robustness(tables: list[np.ndarray], y: np.ndarray) -> np.ndarray:
     """
     if not len(tables):
         raise ValueError("label robustness needs at least one table of logits, got none")
-    return np.mean([(z := _array(table)).argmax(-1) == _labels(z, y) for table in tables], axis=0)
+    return np.mean([(z := plain(table)).argmax(-1) == _labels(z, y) for table in tables], axis=0)
 
 
 def margin_from_probability(p: np.ndarray, *, smallest: float = SMALLEST) -> np.ndarray:
@@ -88,7 +89,8 @@ def logits_from_probabilities(p: np.ndarray, *, smallest: float = SMALLEST) -> n
     """Log-probabilities [..., K], which serve as logits. Probabilities below `smallest` are cut, and what rounded to 1 when
     it was written (in float32, all within 6e-8) cannot be told apart again."""
     finite("smallest", smallest, low=1e-300, high=0.5)
-    return np.log(np.clip(_array(p), smallest, 1.0))
+    p = np.clip(plain(p), smallest, 1.0, dtype=np.float64)
+    return np.log(p, out=p)  # in place: a table of its size is enough
 
 
 Signal = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -113,16 +115,23 @@ def _log_one_minus(z: np.ndarray, log_p: np.ndarray) -> np.ndarray:
     return out
 
 
-def _by_model(function: Callable[[np.ndarray], np.ndarray], logits: np.ndarray) -> np.ndarray:
-    """One model after the other: an ensemble's table in float64, and its temporaries, would be many times its size."""
-    logits = logits.detach().cpu().numpy() if hasattr(logits, "detach") else np.asarray(logits)
+def _by_block(function: Signal, logits: np.ndarray, y: np.ndarray | None = None) -> np.ndarray:
+    """One model after the other, and of each a block of rows: a table in float64, and its temporaries, would be many times
+    its size. The blocks are alike in size, so that none is a single row, whose classes NumPy sums in another order."""
+    logits = plain(logits)
     if logits.ndim < 2 or logits.shape[-1] < 2:
         raise ValueError(f"logits must be [..., N, K] with K at least 2 classes, got shape {list(logits.shape)}")
-    if logits.ndim == 2:
-        return function(logits.astype(np.float64, order="F"))
+    y = None if y is None else _labels(logits, y)
     flat = logits.reshape(-1, *logits.shape[-2:])
-    # class by class in memory: sums over few classes are several times faster when they run along the samples
-    return np.stack([function(z.astype(np.float64, order="F")) for z in flat]).reshape(logits.shape[:-1])
+    out = np.empty(flat.shape[:-1])
+    rows = max(4, BLOCK // flat.shape[-1])
+    edges = np.linspace(0, flat.shape[1], -(-flat.shape[1] // rows) + 1).astype(int)
+    for model, of in zip(flat, out, strict=True):
+        for first, last in zip(edges, edges[1:], strict=False):
+            # class by class in memory: sums over few classes are several times faster when they run along the samples
+            z = model[first:last].astype(np.float64, order="F")
+            of[first:last] = function(z, None if y is None else y[first:last])
+    return out.reshape(logits.shape[:-1])
 
 
 def _logsumexp(z: np.ndarray) -> np.ndarray:
@@ -160,5 +169,13 @@ def _pick(table: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.take_along_axis(table, _index(table, y), axis=-1)[..., 0]
 
 
+def plain(x) -> np.ndarray:
+    """A tensor on any device, or whatever NumPy takes, as a NumPy array; bfloat16, which NumPy does not have, as float32."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = x.float() if str(x.dtype) == "torch.bfloat16" else x
+    return np.asarray(x)
+
+
 def _array(x) -> np.ndarray:
-    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=np.float64)
+    return plain(x).astype(np.float64, copy=False)

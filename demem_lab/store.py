@@ -16,6 +16,7 @@ noticed by its digest, reported, and computed anew. Nothing is ever unpickled.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -35,7 +36,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+PATIENCE = 2.0  # seconds of silent waiting for another process
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without locks answer
 
 
 class StoreWarning(UserWarning):
@@ -43,7 +47,7 @@ class StoreWarning(UserWarning):
 
 
 class StoreError(OSError):
-    """An entry could not be written, in one sentence: the disk is full or read-only. What was kept before is unharmed."""
+    """An entry could not be written, in one sentence: disk full, read-only or without locks. What was kept before is unharmed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +77,9 @@ class Store:
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
+            why = "it is a file" if self.root.is_file() else error.strerror
             raise PermissionError(
-                f"results cannot be kept in {self.root} ({error.strerror}); set DEMEM_STORE to a folder you can write to"
+                f"results cannot be kept in {self.root} ({why}); set DEMEM_STORE to a folder you can write to"
             ) from None
 
     def key(self, kind: str, config: Any, *, modules: Sequence[str] = ()) -> str:
@@ -107,8 +112,8 @@ class Store:
             place.parent.mkdir(parents=True, exist_ok=True)
             there = data.exists()
             try:
-                _write(data, content)
-                _write(place.with_suffix(".json"), json.dumps(full).encode())
+                write_whole(data, content)
+                write_whole(place.with_suffix(".json"), json.dumps(full).encode())
             except BaseException:
                 if not there:  # nobody would ever read it, and a full disk needs the space
                     data.unlink(missing_ok=True)
@@ -127,7 +132,7 @@ class Store:
             lock = FileLock(str(place) + ".lock")  # the operating system's: a killed process gives it back
             with self._writing():
                 place.parent.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
+                _wait_for(lock)
             try:
                 entry = self._read(place)
                 if entry is None:
@@ -150,22 +155,33 @@ class Store:
     def entries(self) -> list[dict[str, Any]]:
         """What is kept: kind, key, megabytes, created (seconds since 1970), a row for each entry."""
         rows = []
-        for file in sorted(self.root.glob("*/*.json")):
+        for file in sorted(self._sidecars()):
             entry = self._read(file.with_suffix(""))
             if entry is not None:
-                size = entry.path.stat().st_size / 1e6
+                size = sum(a.nbytes for a in entry.arrays.values()) / 1e6  # its file may be gone by now
                 rows.append({"kind": file.parent.name, "key": file.stem, "MB": size, "created": entry.meta["created"]})
         return rows
 
     def count(self, text: str = "") -> int:
         """How many entries have `text` (a fingerprint, say) in their configuration; reads no arrays."""
-        return sum(text in file.read_text(encoding="utf-8") for file in self.root.glob("*/*.json"))
+        found = 0
+        for file in self._sidecars():
+            try:
+                found += text.encode() in file.read_bytes()  # bytes: a damaged one need not be text
+            except OSError:
+                pass  # another process took it away after it was listed
+        return found
+
+    def _sidecars(self) -> Iterator[Path]:
+        return (file for file in self.root.glob("*/*.json") if not file.name.startswith("."))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """What the disk refuses, in one sentence that names the folder and the fix."""
         try:
             yield
+        except StoreError:
+            raise
         except OSError as error:
             free = shutil.disk_usage(self.root).free / 1e6 if self.root.exists() else 0.0
             raise StoreError(
@@ -239,11 +255,31 @@ def installed(package: str) -> str:
         return "none"
 
 
+def _wait_for(lock: FileLock) -> None:
+    """Hold the lock; who waits for long is told once for what. StoreError where the file system has no locks."""
+    try:
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            print(f"another process computes this; waiting ({lock.lock_file})", flush=True)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+        folder = Path(lock.lock_file).parents[1]
+        raise StoreError(f"{folder} is on a file system that has no locks; choose another folder with DEMEM_STORE") from None
+
+
 def _versions() -> dict[str, str]:
     return {"torch": installed("torch"), "numpy": np.__version__}
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file at once or not at all: beside its place, then moved into it. OSError when the disk refuses."""
+    if path.exists() and not path.is_file():  # a pipe or a terminal, of which there is no whole; a folder is refused
+        path.write_bytes(content)
+        return
+    path = Path(os.path.realpath(path))  # a link stays one
     # not by mkstemp, whose files are for their owner alone: in a store that several people share the umask decides
     name = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{secrets.token_hex(8)}")
     file = open(name, "xb")

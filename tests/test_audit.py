@@ -350,12 +350,26 @@ def test_the_same_images_on_both_sides_are_noticed(trained):
         (lambda: audit(single(n=30, m=30)), "bring at least 50"),
         (lambda: audit(single(), eps=0.1), "belong to a torch.nn.Module"),
         (lambda: audit(single(), prior=2.0), "prior"),
+        (lambda: audit(single(), delta=-1), "delta must be finite and >= 0 and <= 1, got -1"),
+        (lambda: audit(single(), fprs=None), "fprs must be false positive rates such as .* got None"),
+        (lambda: audit(single(), fprs="0.1"), "fprs must be false positive rates such as .* got '0.1'"),
+        (lambda: audit(single(), groups=np.ones(1200, dtype=bool)), "groups must be bool .N. by name, .*, got "),
+        (lambda: audit(single(), planted=np.zeros(1200, dtype=bool)), "planted marks no sample"),
+        (lambda: audit(None), "subject must be arrays by name, .*, got None"),
+        (lambda: audit(torch.nn.Linear), "not the class Linear; call it first"),
+        (lambda: audit("none.npz"), "there is no file none.npz"),
         (lambda: audit(single(), groups={"a": np.ones(3, dtype=bool)}), "group 'a'"),
     ],
 )
 def test_bad_calls(call, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
         call()
+
+
+def test_a_path_is_read_and_one_rate_is_enough(tmp_path):
+    path = write(tmp_path / "a.npz", single())
+    found, wanted = audit(str(path), fprs=0.1), audit(single(), fprs=(0.1,), name="a.npz")
+    assert found.attacks == wanted.attacks and found.name == "a.npz" and found.obtained["content"] == wanted.obtained["content"]
 
 
 def test_weights_come_from_safetensors_and_plain_checkpoints_only(trained, tmp_path):

@@ -1,15 +1,28 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from demem_lab import cli, runner
+from demem_lab.audit import audit
+from demem_lab.files import write as write_outputs
+from demem_lab.report import AuditReport
 
 command = CliRunner()
 PARAMETERS = 'profile: str = ""  # {"", "smoke"} which\nn: int = 3  # [1, 10] how many'
+
+
+@pytest.fixture(autouse=True)
+def no_profile(monkeypatch):
+    monkeypatch.setenv("DEMEM_PROFILE", "")  # so that what a command sets is undone
+    monkeypatch.delenv("DEMEM_PROFILE")
 
 
 def write(path, *cells):
@@ -101,3 +114,155 @@ def test_what_is_no_notebook_is_one_sentence(tmp_path, monkeypatch, name):
     (tmp_path / "x.ipynb").mkdir()
     result = call("run", name, "--out", tmp_path / "out")
     assert result.exit_code == 2 and f"no notebook {name!r}" in result.output and "Traceback" not in result.output
+
+
+def test_the_source_is_not_overwritten(tmp_path):
+    path = write(tmp_path / "a.ipynb", "print(n)")
+    before = path.read_bytes()
+    result = call("run", path, "--out", tmp_path)
+    assert result.exit_code == 2 and "would overwrite" in result.output and "--out" in result.output
+    assert path.read_bytes() == before and not (tmp_path / "index.html").exists()
+
+
+@pytest.mark.parametrize("arguments", [("-p", "profile=", "--profile", "smoke"), ("-p", "n=1", "-p", "n=2")])
+def test_two_values_for_one_parameter_are_refused(tmp_path, arguments):
+    result = call("run", write(tmp_path / "a.ipynb", "1"), *arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "give it once" in result.output and not (tmp_path / "out").exists()
+
+
+def test_the_variable_for_the_profile_is_checked_like_the_option(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEMEM_PROFILE", "huge")
+    path = write(tmp_path / "a.ipynb", "1")
+    result = call("run", path, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "DEMEM_PROFILE" in result.output and "'smoke'" in result.output
+    assert call("run", path, "--profile", "smoke", "--out", tmp_path / "out").exit_code == 0
+
+
+def test_paths_are_meant_from_where_the_command_is_given(tmp_path, monkeypatch):
+    for folder in ("in", "here"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("DEMEM_STORE", "kept")
+    monkeypatch.setenv("DEMEM_DATA", "pictures")
+    told = 'import os\nfrom demem_lab.store import Store\nprint(Store().root, os.environ["DEMEM_DATA"])'
+    path = write(tmp_path / "in" / "a.ipynb", told)
+    assert call("run", path, "--out", "out").exit_code == 0
+    cells = nbformat.read(tmp_path / "here" / "out" / "a.ipynb", 4).cells
+    assert cells[-1].outputs[0].text == f"{tmp_path}/here/kept {tmp_path}/here/pictures\n"
+
+
+def test_a_store_that_is_a_file_is_said_first(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("DEMEM_STORE", str(tmp_path / "file"))
+    result = call("run", write(tmp_path / "a.ipynb", "1"), "--out", tmp_path / "out")
+    assert result.exit_code == 2 and f"cannot be kept in {tmp_path / 'file'} (it is a file); set DEMEM_STORE" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["papermill.execute_notebook", "demem_lab.runner._strip_widget_state", "shutil.copytree"])
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, place):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    path = write(tmp_path / "a.ipynb", "1")
+    (tmp_path / "images").mkdir()
+    monkeypatch.setattr(place, full)
+    result = call("run", path, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "cannot be written (No space left on device); make room" in result.output
+    assert "Traceback" not in result.output and isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"cells": 3}', '{"nbformat": 4, "nbformat_minor": 5}', "[]"])
+def test_a_broken_notebook_is_one_sentence(tmp_path, content):
+    (tmp_path / "a.ipynb").write_text(content)
+    result = call("run", tmp_path / "a.ipynb", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "a.ipynb" in result.output and isinstance(result.exception, SystemExit)
+
+
+def test_ctrl_c_leaves_a_report_of_what_is_finished(tmp_path):
+    paths = [write(tmp_path / "a.ipynb", "print(n)"), write(tmp_path / "b.ipynb", "import time; time.sleep(60)")]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "demem_lab.cli", "run", *map(str, paths), "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )
+    while run.poll() is None and not in_its_last_cell(tmp_path / "out" / "b.ipynb"):
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGINT)
+    said, noise = run.communicate(timeout=60)
+    assert run.returncode == 130 and noise.startswith("demem-lab: interrupted; what was computed is kept in "), noise
+    assert noise.endswith(", run again to go on\n") and noise.count("\n") == 1 and "1 notebooks in" in said
+    assert (tmp_path / "out" / "index.html").is_file()
+    assert [row["notebook"] for row in json.loads((tmp_path / "out" / "table.json").read_text())] == ["a.ipynb"]
+
+
+def in_its_last_cell(path):
+    try:
+        return json.loads(path.read_text())["cells"][-1]["metadata"].get("papermill", {}).get("status") == "running"
+    except (OSError, ValueError):
+        return False  # not written yet, or being written just now
+
+
+def outputs(n=600, seed=0):
+    rng, arrays = np.random.default_rng(seed), {}
+    for side in ("member", "nonmember"):
+        arrays |= {f"{side}_logits": rng.normal(size=(n, 3)), f"{side}_labels": rng.integers(0, 3, n)}
+    return arrays
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("x.npz", "--html", "x.npz"), "--html x.npz would overwrite the outputs that it reports on"),
+    (("x.npz", "--json", "./here/../x.npz"), "would overwrite the outputs"), (("x.npz", "--html", "link.npz"), "would overwrite"),
+    (("folder", "--json", "folder/member_logits.npy"), "would overwrite the outputs"),
+    (("x.npz", "--html", "a", "--json", "./a"), "--html and --json both name a"),
+    (("x.npz", "--html", "here"), "--html here cannot be written, for it is a folder"),
+])
+def test_a_report_is_not_written_over_its_input_or_the_other(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "folder").mkdir()
+    for name, a in outputs().items():
+        np.save(tmp_path / "folder" / f"{name}.npy", a)
+    path = write_outputs(tmp_path / "x.npz", outputs())
+    (tmp_path / "link.npz").symlink_to(path)
+    before = path.read_bytes()
+    result = call("report", *arguments)
+    assert result.exit_code == 2 and words in result.output and "strongest" not in result.output  # said before the audit
+    assert path.read_bytes() == before and not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path = write_outputs(tmp_path / "x.npz", outputs())
+    report = audit(outputs(), fprs=(0.1,))
+    for target in ("a.html", "a.json"):
+        (tmp_path / target).write_text("old")
+    before = sorted(file.name for file in tmp_path.iterdir())
+    monkeypatch.setattr(os, "fsync", full)
+    result = call("report", path, "--html", tmp_path / "a.html", "--fpr", 0.1)
+    assert result.exit_code == 2 and "a.html cannot be written: No space left on device" in result.output
+    with pytest.raises(OSError, match="No space left"):
+        report.save(tmp_path / "a.json")
+    assert sorted(file.name for file in tmp_path.iterdir()) == before
+    assert {(tmp_path / target).read_text() for target in ("a.html", "a.json")} == {"old"}
+
+
+def test_what_a_report_assumes_can_be_said(tmp_path):
+    path = write_outputs(tmp_path / "x.npz", outputs())
+    result = call("report", path, "--fpr", 0.1)
+    assert "independent_coins=True, on the command line --independent-coins" in result.output
+    options = ("--independent-coins", "--delta", 1e-3, "--prior", 0.1)
+    result = call("report", path, "--fpr", 0.1, *options, "--json", tmp_path / "a.json")
+    report = AuditReport.load(tmp_path / "a.json")
+    assert report.empirical["delta"] == 1e-3 and report.obtained["prior"] == 0.1 and "independent_coins" not in result.output
+    for option in ("--delta", "--prior"):
+        result = call("report", path, "--fpr", 0.1, "--independent-coins", option, 2)
+        assert result.exit_code == 2 and option[2:] in result.output and "got 2.0" in result.output, result.output
+
+
+def test_several_reports_in_one_file_are_named(tmp_path):
+    paths = [write_outputs(tmp_path / f"{name}.npz", outputs()) for name in "ab"]
+    assert call("report", *paths, "--fpr", 0.1, "--json", tmp_path / "both.json").exit_code == 0
+    with pytest.raises(ValueError, match='several, under the key "reports": a.npz, b.npz; write each with a --json of its own'):
+        AuditReport.load(tmp_path / "both.json")

@@ -103,6 +103,7 @@ def test_a_dataset_checks_itself(x, y, words):
     (lambda p: load(subset=1798), ValueError, "1797 samples"), (lambda p: load(subset=1), ValueError, "subset"),
     (lambda p: load("cifar10"), FileNotFoundError, "set DEMEM_DATA"),
     (lambda p: load("cifar10", root=p), FileNotFoundError, "download=True"),
+    (lambda p: load("cifar10", root=3), ValueError, "root must be a folder, as text or a Path, got 3"),
     (lambda p: load("mnist", root=p / "file"), PermissionError, "choose another folder"),
     (lambda p: load("mnist", root="/proc/nothing", download=True), (PermissionError, FileNotFoundError), "mnist"),
     (lambda p: member_masks(10, 3, seed=0), ValueError, "even number of models"),
@@ -115,6 +116,21 @@ def test_bad_input(call, kind, words, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(kind, match=words):
         call(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("fashion_mnist", "fetch train-images-idx3-ubyte.gz, .* from http.*, and put them into {}/FashionMNIST/raw"),
+    ("cifar10", "fetch https.*cifar-10-python.tar.gz, put it into {} as it is, and load again"),
+    ("svhn", "fetch http.*train_32x32.mat, put it into {} as it is"),
+])
+def test_without_internet_one_is_told_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch, name, words):
+    def unreachable(*_, **__):
+        raise OSError("<urlopen error\n no route>")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(FileNotFoundError, match=words.format(tmp_path)) as caught:
+        load(name, root=tmp_path, download=True)
+    assert "\n" not in str(caught.value) and "download=True" not in str(caught.value)
 
 
 def write_idx(path, array):

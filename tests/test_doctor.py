@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from demem_lab import doctor
+from demem_lab import doctor, limits
 from demem_lab.doctor import Check, cores, data, extra, memory, packages, python, report, store, widgets
 
 GB = 10**9
@@ -18,7 +18,7 @@ def test_this_machine_is_well_and_every_line_says_something():
     assert [c.name for c in checks if c.state == "fail"] == []
     names = [c.name for c in checks]
     assert names[:2] == ["Python", "packages"]
-    assert names[-7:] == ["GPU", "memory", "cores", "data", "store", "widgets", "kernel"]
+    assert names[-8:] == ["GPU", "memory", "cores", "profile", "data", "store", "widgets", "kernel"]
     assert all(c.text and (c.state == "ok") == (not c.fix) for c in checks)
 
 
@@ -186,8 +186,7 @@ def test_no_limit_is_not_a_size(tmp_path, monkeypatch):
     group = tmp_path / "sys/fs/cgroup/memory"
     group.mkdir(parents=True)
     (group / "memory.usage_in_bytes").write_text("1000000")
-    monkeypatch.setattr(doctor, "_machine", lambda: None)
-    monkeypatch.setattr(doctor, "_groups", lambda root: [group])
+    monkeypatch.setattr(limits, "_machine", lambda: None)
     (group / "memory.limit_in_bytes").write_text("9223372036854771712")
     assert doctor.memory(tmp_path, {}).text == "unknown here"
     (group / "memory.limit_in_bytes").write_text("2147483648")
@@ -198,3 +197,25 @@ def test_the_exit_status_is_1_only_when_something_fails(monkeypatch, capsys):
     for state, status in (("ok", 0), ("warn", 0), ("fail", 1)):
         monkeypatch.setattr(doctor, "checkup", lambda state=state: [Check("x", state, "text", "fix")])
         assert doctor.main() == status and "fix: fix" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("asked", "state", "words"), [
+    ("", "ok", "lesson"), ("smoke", "ok", "smoke"), ("foo", "fail", "DEMEM_PROFILE=foo is no profile"), ("paper", "warn", "08"),
+])
+def test_the_profile_that_the_environment_names(monkeypatch, asked, state, words):
+    monkeypatch.setenv("DEMEM_PROFILE", asked)
+    check = doctor.profile()
+    assert check.state == state and words in check.text and ("smoke or lesson or full" in check.fix) == (state != "ok")
+
+
+def test_relative_folders_differ_from_notebook_to_notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for name, line in (("DEMEM_STORE", doctor.store), ("DEMEM_DATA", doctor.data)):
+        monkeypatch.setenv(name, "here")
+        assert line().state == "warn" and line().fix == f"export {name}={tmp_path}/here"
+        monkeypatch.setenv(name, str(tmp_path / "here"))
+        assert line().state == "ok"
+    monkeypatch.setenv("DEMEM_STORE", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("in the way")
+    assert doctor.store().state == "fail" and "it is a file" in doctor.store().text

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_outputs import single
 
 from demem_lab import files
+from demem_lab.audit import audit
 from demem_lab.files import read, write
 from demem_lab.outputs import outputs_from_arrays
 
@@ -113,10 +114,12 @@ def test_damaged_and_unknown_files(tmp_path):
     ("text", "words"),
     [
         ("a,b\n1,2\n", "columns member"),
-        ("member,label,logit_0,logit_2\n1,0,1,2\n", "without gaps"),
+        ("member,label,logit_0,logit_2\n1,0,1,2\n0,0,1,2\n", "without gaps"),
         ("member,label,logit_0,logit_1\n2,0,1,2\n", "only 0 and 1"),
         ("member,label,logit_0,logit_1\n1,0,x,2\n0,0,1,2\n", "numbers only"),
         ("", "cannot be read"),
+        ("member,label,logit_0,logit_1\n1,0,1,2\n", "column member of a.csv has no 0; give rows of members"),
+        ("member,label,logit_0,logit_1\n0,0,1,2\n", "has no 1"),
         ("member,label,logit_0,logit_1\n", "no rows"),
         ("member,label,logit_0,logit_1\n1,cat,1,2\n0,0,1,2\n", "class numbers from 0, found cat"),
         ("member,label,logit_0,logit_1\n1,,1,2\n0,0,1,2\n", "class numbers from 0, found nan"),
@@ -140,9 +143,9 @@ def test_files_larger_than_memory_are_refused_before_they_are_read(tmp_path, mon
     header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000, 3), }\n"
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w") as archive:
         archive.writestr("member_logits.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
-    with pytest.raises(ValueError, match="24000 GB|2.4e.04 GB"):
+    with pytest.raises(ValueError, match=r"takes about 1.64e\+05 GB of memory"):
         read(tmp_path / "bomb.npz")
-    monkeypatch.setattr(files, "_available", lambda: 1000)
+    monkeypatch.setattr(files.limits, "memory", lambda: (2000, 1000))
     for path in (*paths, tmp_path, tmp_path / "a.csv"):
         with pytest.raises(ValueError, match="GB of memory and 1e-06 GB are free"):
             read(path)
@@ -239,15 +242,26 @@ def test_damage_anywhere_ends_in_one_sentence_or_is_harmless(tmp_path, name):
     assert refused > 20
 
 
-def test_memory_is_what_the_container_has(tmp_path):
-    free = files._available(tmp_path)  # no control group there
-    assert free > 1e6
-    limits = {"memory.max": "2000000", "memory.current": "1500000", "memory.stat": "anon 5\ninactive_file 300000\n"}
-    for name, text in limits.items():
-        (tmp_path / name).write_text(text)
-    assert files._available(tmp_path) == 800_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert files._available(tmp_path) > 1e6
+CLASSES, N = 50, 20_000
+
+
+@pytest.mark.parametrize("kind", ["logits", "probs"])
+def test_an_audit_takes_no_more_than_was_asked_for(tmp_path, monkeypatch, kind):
+    rng, arrays = np.random.default_rng(0), {}
+    for side in ("member", "nonmember"):
+        z = rng.normal(size=(N, CLASSES))
+        arrays[f"{side}_{kind}"] = (z if kind == "logits" else np.exp(z) / np.exp(z).sum(-1, keepdims=True)).astype(np.float32)
+        arrays[f"{side}_labels"] = rng.integers(0, CLASSES, N)
+    paths, asked = [write(tmp_path / f"a{suffix}", arrays) for suffix in (".npz", ".safetensors")], []
+    monkeypatch.setattr(files, "_room", lambda path, needed: asked.append(needed))
+    audit(read(paths[0]), fprs=(0.1,))  # loads what is loaded late
+    del arrays, z
+    for path in paths:
+        tracemalloc.start()
+        audit(read(path), fprs=(0.1,))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert 0.4 * asked[-1] < most < asked[-1]
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])

@@ -196,3 +196,52 @@ def test_every_kind_of_number_is_taken(kind):
 def test_long_lists_of_names_are_cut_short():
     assert listed(f"a{i}" for i in range(1000)) == "a0, a1, a2, a3, a4, a5, a6, a7 and 992 more"
     assert len(listed(["x" * 1000])) == 60 and listed([]) == "nothing"
+
+
+def fitted(models, n, k, accuracy_in, accuracy_out, seed=0):
+    """Outputs that are right with these probabilities on members and on others."""
+    rng = np.random.default_rng(seed)
+    membership, labels = rng.random((models, n)) < 0.5, rng.integers(0, k, n)
+    membership[:, 0], membership[:, 1] = True, False
+    right = rng.random((models, n)) < np.where(membership, accuracy_in, accuracy_out)
+    answer = np.where(right, labels, (labels + 1) % k)
+    return {"logits": rng.normal(size=(models, n, k)) + 9 * np.eye(k)[answer], "labels": labels, "membership": membership}
+
+
+def test_what_looks_like_a_mistake_is_said():
+    arrays = fitted(4, 1000, 5, 0.95, 0.80)
+    assert not outputs_from_arrays(arrays).warnings
+    twice = arrays["logits"].copy()
+    twice[3] = twice[1]
+    assert outputs_from_arrays(arrays | {"logits": twice}).warnings == (
+        "models 1 and 3 have identical outputs; was one file written twice?",
+    )
+    (inverted,) = outputs_from_arrays(arrays | {"membership": ~arrays["membership"]}).warnings
+    assert inverted.startswith("members are less accurate than non-members by 1") and inverted.endswith("is membership inverted?")
+    dull = arrays["logits"].copy()
+    dull[2, :, 4] = 50
+    assert outputs_from_arrays(arrays | {"logits": dull}).warnings == ("model 2 gives one answer to everything, class 4",)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_few_honest_samples_look_like_no_mistake(seed):
+    for models, n, k in ((1, 12, 2), (4, 12, 3), (1, 60, 2), (8, 300, 10), (16, 2000, 4)):
+        assert not outputs_from_arrays(fitted(models, n, k, 0.7, 0.7, seed)).warnings
+        assert not outputs_from_arrays(fitted(models, n, k, 0.71, 0.72, seed)).warnings
+    rare = fitted(2, 1000, 2, 0.9, 0.9, seed)
+    rare["labels"] = (np.arange(1000) % 20 == 0).astype(int)
+    rare["logits"] = np.random.default_rng(seed).normal(size=(2, 1000, 2)) + np.array([20, 0])  # one class is nearly all there is
+    assert not outputs_from_arrays(rare).warnings
+
+
+def test_bfloat16_is_taken_and_a_mask_is_not_lost():
+    arrays = single()
+    half = torch.tensor(arrays["member_logits"]).bfloat16()
+    found = outputs_from_arrays(arrays | {"member_logits": half}).logits[0, :30]
+    assert np.array_equal(found, half.double().numpy())
+    masked = np.ma.masked_array(arrays["member_logits"], mask=np.arange(90).reshape(30, 3) == 4)
+    with pytest.raises(ValueError, match="member_logits is a masked array, and its mask would be lost; leave out its 1 masked"):
+        outputs_from_arrays(arrays | {"member_logits": masked})
+    assert outputs_from_arrays(arrays | {"member_logits": np.ma.masked_array(arrays["member_logits"])}).n == 50
+    with pytest.raises(ValueError, match="member_logits is no array of numbers, with rows of one length"):
+        outputs_from_arrays(arrays | {"member_logits": [[1.0, 2.0, 3.0], [1.0]]})

@@ -55,6 +55,7 @@ signals
 membership
 leakage
 outputs
+limits
 files
 risk
 tables

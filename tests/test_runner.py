@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -12,6 +13,7 @@ from nbformat import v4
 from demem_lab import runner
 from demem_lab.runner import Parameter, ParameterError, Result, check, describe, parameters, run
 
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 CELL = """\
 profile: str = ""  # {"", "smoke", "full"} how much
 noise: float = 1.0  # [0, 100] noise std
@@ -212,3 +214,32 @@ def test_notebooks_are_utf8_whatever_the_locale(tmp_path):
         [sys.executable, "-c", script, str(tmp_path / "n.ipynb")], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0 and "cell 1 of 1" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("line", "is_path"), [
+    ('file: str = ""  # your outputs: .npz; empty: ours', True), ('folder: str = ""', True),
+    ('save: str = ""  # file for it', True), ('data_root: str = ""  # folder with the files', True),
+    ('note: str = ""  # words', False), ("file: int = 1", False),
+    ('file: str = ""  # {"", "a"} which', False), ('profile: str = ""  # the profile\'s', False),
+])
+def test_paths_are_taken_from_where_the_caller_is(tmp_path, monkeypatch, line, is_path):
+    path = notebook(tmp_path / "n.ipynb", tagged=(line,))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    (parameter,) = parameters(path).values()
+    assert parameter.is_path == is_path
+    if is_path:
+        for given, wanted in (("a.npz", tmp_path / "a.npz"), ("", ""), ("/b/c", "/b/c"), ("~/a", "/home/me/a")):
+            assert check(path, {parameter.name: given}) == {parameter.name: str(wanted)}
+
+
+def test_the_notebooks_paths_are_known():
+    found = {p.name for path in NOTEBOOKS for p in parameters(path).values() if p.is_path}
+    assert found == {"data_root", "file", "folder", "save"}
+
+
+def test_a_notebook_is_not_executed_into_itself(tiny):
+    before = tiny.read_bytes()
+    with pytest.raises(ParameterError, match="would overwrite .*tiny.ipynb itself"):
+        run(tiny, tiny.parent / "." / tiny.name)
+    assert tiny.read_bytes() == before

@@ -1,6 +1,7 @@
 """Signals against plain loops in high precision, also where probabilities round to 0 and 1."""
 
 import math
+import tracemalloc
 from decimal import Decimal, getcontext
 
 import numpy as np
@@ -138,3 +139,30 @@ def test_labels_of_any_whole_type_are_read_alike():
     for kind in (np.uint8, np.int32):
         assert (sg.confidence(z, y.astype(kind)) == wanted).all()
     assert (sg.confidence(torch.tensor(z), torch.tensor(y)) == wanted).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40, 41, 1003])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_blocks_of_rows_change_no_bit(monkeypatch, rows, kind):
+    rng = np.random.default_rng(0)
+    z, y = (30 * rng.normal(size=(2, rows, 11))).astype(kind), rng.integers(0, 11, rows)
+    found = {}
+    for block in (10**9, 220):
+        monkeypatch.setattr(sg, "BLOCK", block)
+        found[block] = [signal(z, y) for signal in (*sg.SIGNALS.values(), sg.logit_margin)]
+    assert all(np.array_equal(a, b) for a, b in zip(found[220], found[10**9], strict=True))
+
+
+def test_signals_need_no_more_than_a_part_of_the_table():
+    z, y = np.random.default_rng(0).normal(size=(300_000, 20)).astype(np.float32), np.zeros(300_000, dtype=int)
+    for signal in (*sg.SIGNALS.values(), sg.logit_margin, lambda z, y: sg.label_robustness([z], y)):
+        tracemalloc.start()
+        signal(z, y)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most < 1.5 * z.nbytes
+    tracemalloc.start()
+    sg.logits_from_probabilities(z)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2.1 * z.nbytes  # the result itself, in float64

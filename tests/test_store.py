@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import re
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from demem_lab import doctor
 from demem_lab import store as module
 from demem_lab.store import Store, StoreError, StoreWarning, canonical, code_version
 
@@ -195,7 +198,7 @@ def test_a_writer_that_dies_between_data_and_sidecar_leaves_the_old_entry(store,
     import demem_lab.store as module
 
     store.put("k", 1, {"x": np.zeros(3)})
-    real, count = module._write, []
+    real, count = module.write_whole, []
 
     def write(path, content):
         count.append(path)
@@ -203,7 +206,7 @@ def test_a_writer_that_dies_between_data_and_sidecar_leaves_the_old_entry(store,
             raise KeyboardInterrupt
         real(path, content)
 
-    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setattr(module, "write_whole", write)
     with pytest.raises(KeyboardInterrupt):
         store.put("k", 1, {"x": np.ones(3)})
     with warnings.catch_warnings():
@@ -352,7 +355,7 @@ def test_a_lock_is_given_back_when_the_disk_refuses(store, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write", full)
+        patch.setattr(module, "write_whole", full)
         with pytest.raises(StoreError):
             store.compute("k", 1, lambda: {"x": np.zeros(3)})
     assert store.compute("k", 1, lambda: {"x": np.zeros(3)}).fresh
@@ -380,3 +383,47 @@ def test_a_shared_store_can_be_read_as_far_as_its_owner_lets(tmp_path, mask, mod
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     kept = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(kept) == 2 and {file.stat().st_mode & 0o777 for file in kept} == {mode}
+
+
+def test_files_that_are_no_entries_or_go_away_are_not_counted(store, monkeypatch):
+    store.put("k", {"data": "abc"}, {"x": np.zeros(1)})
+    (store.root / "k" / "aaaa.json").write_bytes(b"\xff\xfe")
+    (store.root / "k" / "._b.json").write_text("abc")  # what other systems leave beside a file
+    (store.root / "k" / "gone.json").symlink_to(store.root / "nowhere")  # another process took it away after it was listed
+    assert store.count("abc") == 1
+    with pytest.warns(StoreWarning, match="aaaa.json"):
+        assert len(store.entries()) == 1
+    check = doctor.store(store.root)
+    assert check.state in ("ok", "warn") and "2 results" in check.text
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOLCK, "No locks available"), OSError(errno.EOPNOTSUPP, "Not supported"), NotImplementedError(),
+])
+def test_a_file_system_without_locks_is_not_called_full(store, monkeypatch, error):
+    def refused(*_, **__):
+        raise error
+
+    monkeypatch.setattr(module.FileLock, "acquire", refused)
+    with pytest.raises(StoreError, match=f"{store.root} is on a file system that has no locks.*DEMEM_STORE") as caught:
+        store.compute("k", 1, lambda: {"x": np.zeros(1)})
+    assert "full" not in str(caught.value) and "free" not in str(caught.value)
+
+
+def test_whoever_waits_for_another_process_is_told_once(store, monkeypatch, capsys):
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    place = store.root / "k" / store.key("k", 1)
+    place.parent.mkdir()
+    held = threading.Event()
+
+    def hold():
+        with module.FileLock(f"{place}.lock"):
+            held.set()
+            time.sleep(1)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    assert store.compute("k", 1, lambda: {"x": np.zeros(1)}).fresh
+    other.join()
+    assert capsys.readouterr().out == f"another process computes this; waiting ({place}.lock)\n"
