@@ -27,7 +27,7 @@ from demem_lab.files import of_anybody
 from demem_lab.guarantees import Guarantee
 from demem_lab.leakage import MIN_FALSE_POSITIVES, by_group, canaries, evaluate, held_out_accuracy, reliably_found
 from demem_lab.membership import by_class, lira, missing_references, rmia, twins
-from demem_lab.outputs import Outputs, outputs_from_arrays
+from demem_lab.outputs import Outputs, outputs_from_arrays, robust_on, utility
 from demem_lab.report import AuditReport
 from demem_lab.risk import deciles, memorization
 from demem_lab.signals import SIGNALS, confidence, label_robustness, logit_margin
@@ -125,7 +125,7 @@ def audit(
         row |= {"attack": chosen[0], "query": chosen[1], "fpr": shown[-1]}
     notes += _tied(best[-1], member, shown)
     return AuditReport(
-        name=name or outputs.source, attacks=measured, utility=_utility(outputs), robustness=_robustness(outputs) | robustness,
+        name=name or outputs.source, attacks=measured, utility=utility(outputs), robustness=robust_on(outputs) | robustness,
         groups=rows, canaries={} if planted is None else canaries(best[-1], member, planted, fpr=shown[-1]),
         guarantee=_promised(guarantee), reliable=_reliable(*chosen, chosen_scores, member, shown[-1], skipped),
         empirical=_empirical(*chosen, chosen_scores, member, delta, independent_coins, skipped),
@@ -271,22 +271,6 @@ def _two_halves(member: np.ndarray) -> np.ndarray | None:
     for m in pairs[: len(pairs) // 2]:
         half[[m, other[m]]] = True
     return half
-
-
-def _utility(outputs: Outputs) -> dict[str, float]:
-    right, member = outputs.logits.argmax(-1) == outputs.labels, outputs.membership
-    inside, outside = float(right[member].mean()), float(right[~member].mean())
-    return {"accuracy, non-members": outside, "accuracy, members": inside, "gap": inside - outside}
-
-
-def _robustness(outputs: Outputs) -> dict[str, float]:
-    if outputs.adv_logits is None:
-        return {}
-    both = (outputs.logits.argmax(-1) == outputs.labels) & (outputs.adv_logits.argmax(-1) == outputs.labels)
-    return {
-        "non-members, clean and on the adversarial inputs given": float(both[~outputs.membership].mean()),
-        "members, clean and on the adversarial inputs given": float(both[outputs.membership].mean()),
-    }
 
 
 def _promised(guarantee: object) -> str:

@@ -88,6 +88,24 @@ def outputs_from_arrays(
     return outputs
 
 
+def utility(outputs: Outputs) -> dict[str, float]:
+    """Clean accuracy of members and non-members, and the gap between them."""
+    right, member = outputs.logits.argmax(-1) == outputs.labels, outputs.membership
+    inside, outside = float(right[member].mean()), float(right[~member].mean())
+    return {"accuracy, non-members": outside, "accuracy, members": inside, "gap": inside - outside}
+
+
+def robust_on(outputs: Outputs) -> dict[str, float]:
+    """Accuracy on clean AND on the adversarial inputs that came with them, if any did."""
+    if outputs.adv_logits is None:
+        return {}
+    both = (outputs.logits.argmax(-1) == outputs.labels) & (outputs.adv_logits.argmax(-1) == outputs.labels)
+    return {
+        "non-members, clean and on the adversarial inputs given": float(both[~outputs.membership].mean()),
+        "members, clean and on the adversarial inputs given": float(both[outputs.membership].mean()),
+    }
+
+
 def _one_model(arrays: Mapping[str, np.ndarray], warnings: list[str]):
     tables, labels = {"": [], "adv_": []}, []
     for side in SIDES:
