@@ -205,6 +205,13 @@ def test_the_scale_grows_again_and_a_lost_model_does_not_hold_the_others_back(mo
     assert not scaler.accepts(bad)
 
 
+def test_quiet_steps_are_counted_anew_after_an_overflow():
+    net = MLP((6,)).build(models=1, shape=(1, 4, 4), classes=3, seeds=(0,))
+    scaler, good = Scaler(net), [torch.zeros_like(p) for p in net.parameters()]
+    assert scaler.accepts(good) and not scaler.accepts([g + float("inf") for g in good])
+    assert scaler.state().tolist() == [precision.START / 2, 0]
+
+
 def test_a_resumed_run_keeps_its_scale(tiny, store, monkeypatch):
     monkeypatch.setattr(precision, "GROW_AFTER", 4)
     members = member_masks(24, 2, seed=0)
