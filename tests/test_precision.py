@@ -153,8 +153,8 @@ def test_the_scale_is_halved_and_the_same_step_done_again(tiny, monkeypatch):
 def test_noise_and_steps_of_a_private_run_do_not_depend_on_the_scale(tiny, monkeypatch):
     members = member_masks(24, 2, seed=0)
     recipe = Recipe(model=MLP((6,)), mechanism=SelectiveDP(1.0, 0.5, torch.arange(24) < 9), sampler=Poisson(4), epochs=5)
-    draws, real = [], Streams.normal
-    monkeypatch.setattr(Streams, "normal", lambda s, n: (draws.append((s.purpose, s.step)), real(s, n))[1])
+    draws, real = [], Streams.private_normal
+    monkeypatch.setattr(Streams, "private_normal", lambda s, *how: (draws.append((s.purpose, s.step)), real(s, *how))[1])
     for start in (2.0**40, 2.0**4):
         monkeypatch.setattr(precision, "START", start)
         draws.clear()
