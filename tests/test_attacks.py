@@ -2,11 +2,13 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import nn
 
 from demem_lab import attacks
@@ -85,16 +87,49 @@ def test_moved_images_stay_in_the_ball_and_in_range(eps, norm, steps, restarts, 
     assert distance.max() <= eps + 1e-9 and moved.min() >= 0 and moved.max() <= 1
 
 
+def starts(norm, channels=1):
+    """How far 4,000 random starts lie from grey images of two pixels."""
+    x = torch.full((4000, channels, 1, 2), 0.5, dtype=torch.float64)
+    attack, y = PGD(0.1, 1, step_size=0.0, norm=norm), torch.zeros(4000, dtype=torch.int64)
+    return (attack(TwoClasses(pixels=2 * channels), x, y, rng=Streams((1,), "s")) - x).flatten(1)
+
+
 def test_random_starts_fill_the_ball():
-    x = torch.full((4000, 1, 1, 2), 0.5, dtype=torch.float64)
     for norm in ("linf", "l2"):
-        start = PGD(0.1, 1, step_size=0.0, norm=norm)(nn.Sequential(nn.Flatten(), nn.Linear(2, 2).double()), x,
-                                                     torch.zeros(4000, dtype=torch.int64), rng=Streams((1,), "s"))
-        away = (start - x).flatten(1)
+        away = starts(norm)
         radius = away.abs().amax(1) if norm == "linf" else away.norm(dim=1)
         inner = float((radius <= 0.05).double().mean())  # half the radius holds a quarter of the area
         assert abs(inner - 0.25) < 0.04
         assert away.mean(0).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_l2_starts_are_uniform_in_the_ball_of_all_channels(channels):
+    inner = starts("l2", channels).norm(dim=1) <= 0.1 * 0.5 ** (1 / (2 * channels))  # half of the volume
+    assert abs(float(inner.double().mean()) - 0.5) < 0.04
+
+
+def test_the_direction_of_a_start_says_nothing_about_its_radius():
+    away = starts("l2").numpy()
+    radius = np.linalg.norm(away, axis=1)
+    parts = [away[:, 0], away[:, 1], np.abs(away[:, 0]), np.abs(away[:, 1])]
+    assert max(abs(stats.spearmanr(radius, part / radius).statistic) for part in parts) < 0.08
+
+
+def test_every_restart_begins_elsewhere():
+    """Nobody is ever fooled here, so that every attack makes all of its restarts on every image."""
+    seen = []
+
+    class Constant(nn.Module):
+        def forward(self, x):
+            seen.append(x.detach().clone())
+            nothing = 0 * x.flatten(1).sum(1)
+            return torch.stack([1 + nothing, nothing], 1)
+
+    x, y = torch.full((5, 1, 4, 4), 0.5), torch.zeros(5, dtype=torch.int64)
+    attacks.withstands(Constant(), x, y, [PGD(0.1, 1, restarts=3)] * 2, rng=Streams((1,), "a"))
+    begun = seen[1::2]  # the images themselves, then where each restart begins and ends
+    assert len(begun) == 6 and all(not torch.equal(a, b) for i, a in enumerate(begun) for b in begun[:i])
 
 
 def test_restarts_never_help_the_model():
@@ -223,6 +258,11 @@ def test_robust_accuracy_falls_with_restarts():
 def test_margin_by_hand():
     logits, y = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 9.0]]), torch.tensor([0, 1])
     assert attacks.margin(logits, y).tolist() == [-1.0, 4.0]
+
+
+def test_margin_of_negative_logits():
+    logits, y = torch.tensor([[-3.0, -5.0, -4.0], [-9.0, -1.0, -6.0]]), torch.tensor([0, 2])
+    assert attacks.margin(logits, y).tolist() == [-1.0, 5.0]
 
 
 def test_robust_accuracy_is_the_point_wise_worst_case():

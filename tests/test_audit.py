@@ -70,6 +70,11 @@ def test_one_model_by_hand():
     assert "0.001" in report.warnings[-1] and "LiRA and RMIA" in report.skipped and "got 1" in report.skipped["LiRA and RMIA"]
 
 
+def test_a_rate_with_exactly_five_false_positives_is_shown():
+    report = audit(single(n=100, m=100), fprs=(0.1, 0.05))
+    assert set(report.attacks["loss"]["clean"]["tpr_at_fpr"]) == {"0.1", "0.05"}
+
+
 def test_an_ensemble_by_hand():
     arrays = ensemble()
     report = audit(arrays, fprs=(0.1, 0.02))
@@ -496,6 +501,17 @@ def test_the_median_over_targets_is_no_luckier_than_one_target():
     one = auditing._empirical("loss", "clean", scores[None], coins[None], 1e-5, True, {})
     three = auditing._empirical("loss", "clean", np.tile(scores, (3, 1)), np.tile(coins, (3, 1)), 1e-5, True, {})
     assert 0 < three["epsilon_at_least"] < one["epsilon_at_least"]
+
+
+def test_of_an_even_number_of_targets_the_lower_one_in_the_middle_speaks():
+    rng = np.random.default_rng(0)
+    coins = rng.random((2, 2000)) < 0.5
+    scores = rng.normal(size=(2, 2000)) + np.array([[1.0], [3.0]]) * coins
+    both, lower = (
+        auditing._empirical("loss", "clean", s, c, 1e-5, True, {})
+        for s, c in ((scores, coins), (scores[[0, 0]], coins[[0, 0]]))
+    )
+    assert 0 < both["epsilon_at_least"] == lower["epsilon_at_least"]
 
 
 def test_free_words_about_a_guarantee_are_marked_as_such():

@@ -141,6 +141,17 @@ def test_the_guarantee_is_that_of_the_longest_serving(flags):
     assert not mechanism.guarantee(steps=500, n=len(flags), poisson=False, **terms).holds
 
 
+def test_each_model_is_promised_by_its_own_budgets():
+    few = torch.arange(24) < 3
+    allowed = torch.stack([torch.where(few, 2, 4), torch.where(few, 6, 8)])
+    mechanism = BudgetedDP(3.0, 1.0, torch.stack([few, ~few]), allowed=allowed)
+    terms = {"sampling_rate": 0.1, "delta": 1e-4}
+    for model, longest in ((0, 2), (1, 8)):
+        promised = mechanism.guarantee(steps=500, n=24, model=model, **terms).budget
+        assert promised == budget(noise_multiplier=3.0, steps=longest, **terms)
+        assert mechanism.spent(steps=500, model=model, **terms) == {longest: promised}
+
+
 def test_spent_never_exceeds_the_budget(flags):
     budgets = graded_budgets(np.arange(len(flags), dtype=float), largest=6.0, smallest=1.0, power=2)
     terms = {"noise_multiplier": 1.0, "sampling_rate": 0.05, "delta": 1e-4}

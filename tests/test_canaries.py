@@ -37,6 +37,17 @@ def test_scores_are_what_the_mechanism_adds():
     assert inside.std() == pytest.approx(0.5, abs=0.05) and outside.std() == pytest.approx(0.5, abs=0.05)
 
 
+def test_every_trial_has_its_own_noise():
+    found = audit_mechanism(selective(), trials=42, others=700, unprotected=1)
+    noise = (found.scores - found.included).round(3)
+    assert len(np.unique(noise)) == 42  # the last two trials are computed apart from the others
+
+
+def test_every_step_has_its_own_noise():
+    found = audit_mechanism(selective(sigma=2.0), trials=400, steps=4, others=1, unprotected=1)
+    assert found.scores[found.included].std() == pytest.approx(2.0 * 2, abs=1.0)
+
+
 def test_without_noise_nothing_is_claimed_and_everything_is_found():
     found = audit_mechanism(selective(sigma=0.0), trials=400)
     assert found.upper is None and found.lower.epsilon == pytest.approx(found.lower.most) and "no guarantee" in str(found)

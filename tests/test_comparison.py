@@ -149,6 +149,20 @@ def test_the_default_rate_is_what_the_smallest_run_resolves(runs):
     assert compare(runs[:1]).fpr == 0.1 and compare(runs[:1], fpr=0.5).fpr == 0.5
 
 
+def test_the_default_rate_is_what_the_smallest_of_several_runs_resolves(runs):
+    run = runs[0]
+    many = {name: np.concatenate(10 * [getattr(run, name)], axis=1) for name in ("members", "clean", "adversarial", "robust")}
+    big = replace(run, name="big", y=np.tile(run.y, 10), **many)
+    assert compare([big]).fpr == 0.01 and compare([run, big]).fpr == 0.1
+
+
+def test_the_default_rate_is_what_the_smallest_model_resolves(runs):
+    members = runs[0].members.copy()
+    members[0, np.flatnonzero(~members[0])[:15]] = True
+    with pytest.raises(ValueError, match="45 non-members cannot resolve"):
+        compare([replace(runs[0], members=members)])
+
+
 def test_a_table_for_people(runs):
     report = compare(runs, groups=lambda seed: GROUPS)
     table = report.to_frame((("robust", "all"), ("leak", "high")), arms=["treated"])

@@ -88,11 +88,12 @@ def test_with_delta_one_run_equals_a_slow_search():
     assert found == pytest.approx(slow, abs=0.003) and found < one_run_bound(scores, member, delta=0.0).epsilon
 
 
-def test_clopper_pearson_limits_of_a_perfect_attack():
-    member = np.arange(400) < 200
+@pytest.mark.parametrize("members", [200, 100])
+def test_clopper_pearson_limits_of_a_perfect_attack(members):
+    member = np.arange(400) < members
     found = clopper_pearson_bound(member.astype(float), member, delta=1e-3)
-    low = 0.025 ** (1 / 100)  # 100 of 100 found in the judging half, alpha / 2 on one side
-    high = 1 - 0.025 ** (1 / 100)  # 0 of 100 accused
+    low = 0.025 ** (2 / members)  # all 100 (50) members of the judging half found, alpha / 2 on one side
+    high = 1 - 0.025 ** (2 / (400 - members))  # 0 of 100 (150) accused
     assert found.epsilon == pytest.approx(np.log((low - 1e-3) / high)) and found.most == pytest.approx(found.epsilon)
 
 

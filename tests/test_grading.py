@@ -56,6 +56,10 @@ def test_words_tolerances_and_hints_of_a_case():
         toy(lambda x: 2.5 * x)
 
 
+def test_not_a_number_can_be_the_right_answer():
+    assert Exercise(lambda x: x * np.nan, lambda: [case("x = 1", 1.0)], "", {})(lambda x: np.nan)
+
+
 def test_every_asking_gets_its_own_copies():
     seen = []
 

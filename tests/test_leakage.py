@@ -72,6 +72,39 @@ def test_who_is_hard_and_no_member_is_accused_all_the_same():
     assert np.isnan(lk.evaluate(scores, member | hard, fprs=(0.05,), subset=hard).accused).all()
 
 
+def uneven():
+    """Two targets: 100 non-members and 400."""
+    member = np.arange(500) < np.array([[400], [100]])
+    return np.random.default_rng(0).normal(size=member.shape) + member, member
+
+
+def test_the_target_with_fewest_non_members_decides_what_is_resolved():
+    scores, member = uneven()
+    found = lk.evaluate(scores, member, fprs=(0.05, 0.02))
+    assert found.resolved.tolist() == [True, False] and found.tpr_at(0.02) is None
+
+
+def test_the_target_with_fewest_non_members_decides_what_is_shown_of_a_group():
+    scores, member = uneven()
+    for fpr, shown in ((0.05, True), (0.02, False)):
+        assert lk.by_group(scores, member, {"all": np.ones(500, dtype=bool)}, fpr=fpr)["found"].notna().all() == shown
+
+
+def test_the_target_with_fewest_non_members_decides_where_the_mean_curve_begins():
+    assert lk.mean_roc(*uneven())[0][0] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("found", [
+    lambda s, m: lk.evaluate(s, m, fprs=(0.29,)).tpr.mean(),
+    lambda s, m: lk.by_group(s, m, {"all": np.ones(200, dtype=bool)}, fpr=0.29).loc["all", "found"],
+    lambda s, m: lk.reliably_found(s, m, fpr=0.29).hit.mean(),
+], ids=["of all", "of a group", "reliably"])
+def test_a_rate_that_rounds_down_still_allows_its_false_positives(found):
+    """0.29 * 100 is 28.999999999999996; each target has 100 non-members, and a member above each of them."""
+    place, member = np.arange(200) % 100, (np.arange(200) < 100) == np.array([[True], [False]])
+    assert found(np.where(member, place + 0.5, place), member) == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize("members", [1, 59])
 def test_one_member_or_one_non_member(members):
     scores, member = np.random.default_rng(0).normal(size=(1, 60)), (np.arange(60) < members)[None]
@@ -184,6 +217,11 @@ def test_the_interval_of_one_target_by_simulation(fpr, subset):
         counted = ~member[m] | chosen if subset else np.ones(600, dtype=bool)
         interval, wanted = found.interval(fpr, model=m), simulated_interval(scores[m][counted], member[m][counted], fpr)
         assert (interval.low, interval.high) == pytest.approx(wanted, abs=4e-3)
+
+
+def test_an_interval_counts_members():
+    found = lk.evaluate(*uneven(), fprs=(0.1,))
+    assert [found.interval(0.1, model=m).n for m in (0, 1)] == [400, 100]
 
 
 @pytest.mark.parametrize(("n", "fpr", "shift"), [(500, 0.01, 1.0), (500, 0.01, 3.0), (100, 0.1, 1.0), (500, 0.1, 0.0)])
@@ -337,6 +375,14 @@ def test_reliably_found_by_loops():
         alarms = [scores[m, i] > cuts[m] for m in range(6) if not member[m, i]]
         assert found.hit[i] == pytest.approx(np.mean(hits)) and found.false_alarm[i] == pytest.approx(np.mean(alarms))
     assert found.fraction == pytest.approx(((found.hit >= 0.6) & (found.false_alarm <= 0.4)).mean())
+
+
+def test_found_by_nine_of_ten_and_accused_by_one_of_ten_is_reliable():
+    member = (np.arange(20) < 10)[:, None] == (np.arange(200) < 100)
+    scores = np.where(member, -1.0, np.random.default_rng(0).random(member.shape))
+    scores[:, 0] = 5.0 * np.isin(np.arange(20), range(1, 11)) - 1  # found by 1 to 9 of the ten with it, accused by 10
+    found = lk.reliably_found(scores, member, fpr=0.05, share=0.9)
+    assert (found.hit[0], found.false_alarm[0]) == (0.9, 0.1) and found.fraction == 1 / 200
 
 
 def test_the_same_few_every_time():

@@ -43,6 +43,25 @@ def test_interpolated_seed_by_seed():
     assert found == seed_interval(np.array(wanted))
 
 
+def test_a_seed_in_which_the_controls_change_places():
+    strong, middle, arm = [(0.8, 0.2), (0.6, 0.2), (0.8, 0.2)], [(0.7, 0.1)] * 3, [(0.75, 0.1), (0.65, 0.1), (0.75, 0.1)]
+    found = at_matched(report(strong=strong, middle=middle, arm=arm), "arm", ["strong", "middle"])
+    assert found.mean == pytest.approx(0.1 - 0.15)
+
+
+def test_a_group_has_a_frontier_of_its_own():
+    """Among those at risk the weak control leaks more than the strong one, and is no longer on the frontier."""
+    points = {"strong": (0.8, 0.2, 0.5), "weak": (0.7, 0.1, 0.6), "arm": (0.75, 0.1, 0.4)}
+    named = (("all", "robust"), ("all", "leak"), ("at risk", "leak"))
+    rows = [
+        (arm, seed, *name, value)
+        for arm, point in points.items() for seed in (0, 1) for name, value in zip(named, point, strict=True)
+    ]
+    both = Comparison(pd.DataFrame(rows, columns=["arm", "seed", "group", "metric", "value"]), 0.01, {})
+    assert at_matched(both, "arm", ["strong", "weak"]).mean == pytest.approx(0.1 - 0.15)
+    assert at_matched(both, "arm", ["strong", "weak"], group="at risk") is None  # less robust than the one that is left
+
+
 def test_a_control_matches_itself_and_a_beaten_control_is_not_on_the_frontier():
     r = report(strong=STRONG, middle=MIDDLE, weak=WEAK, beaten=[(0.69, 0.3)] * 3)
     assert at_matched(r, "middle", [*CONTROLS, "beaten"]).mean == pytest.approx(0, abs=1e-12)

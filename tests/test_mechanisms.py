@@ -159,6 +159,13 @@ def test_noise_differs_between_steps_and_models():
     assert np.abs(correlation).max() < 5 / np.sqrt(noise.shape[1])
 
 
+def test_a_model_that_protects_nobody_gets_no_noise_beside_one_that_does():
+    protected = torch.zeros(M, N, dtype=torch.bool)
+    protected[1, 0] = True
+    noise = noise_of(SelectiveDP(1.5, 0.4, protected), torch.ones(M, B, dtype=torch.bool), steps=2)
+    assert noise[0].abs().max() < 1e-12 and noise[1].std() > 0.5
+
+
 def test_settings_may_differ_between_models():
     net, x, y, batch = problem()
     protected = torch.arange(N) < torch.tensor([[5], [15]])
@@ -185,13 +192,23 @@ def test_divisor_is_the_expected_batch_size():
         assert torch.allclose(update(mechanism, net, x, y, batch), wanted, atol=1e-10)
 
 
-@pytest.mark.parametrize("make", [lambda f: SelectiveDP(0.5, 1.0, f), Drop, DownWeight],
-                         ids=["selective", "drop", "weight"])
+FLAGGED = pytest.mark.parametrize("make", [lambda f: SelectiveDP(0.5, 1.0, f), Drop, DownWeight],
+                                  ids=["selective", "drop", "weight"])
+
+
+@FLAGGED
 def test_flags_may_be_numpy_as_the_measuring_modules_give_them(make):
     net, x, y, batch = problem()
     flagged = torch.arange(N) < 7
     ours, theirs = (update(make(f), net, x, y, batch) for f in (flagged.numpy(), flagged))
     assert torch.equal(ours, theirs)
+
+
+@FLAGGED
+def test_for_models_cuts_numpy_flags_too(make):
+    flags = np.eye(3, 5, dtype=bool)
+    part = make(flags).for_models([2, 0], 3)
+    assert np.array_equal(part.protected if isinstance(part, SelectiveDP) else part.flagged, flags[[2, 0]])
 
 
 def test_one_protected_sample_moves_the_sum_by_at_most_the_bound():
@@ -329,6 +346,10 @@ def test_promises_and_their_conditions():
     everybody = DPSGD(1.0).guarantee(**SETTING)
     assert everybody.holds and "all samples" in str(everybody) and everybody.protected == 100
     assert everybody.budget == SelectiveDP(1.0, 1.0, some).guarantee(**SETTING).budget
+
+
+def test_no_data_had_a_say_in_everybody():
+    assert DPSGD(1.0).guarantee(**SETTING).selection == "fixed"
 
 
 def test_each_model_is_promised_by_its_own_settings():

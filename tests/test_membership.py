@@ -174,6 +174,12 @@ def test_rmia_equals_all_pairs(gamma, offline_a):
     assert np.allclose(fast, slow_rmia(p, member, gamma, population, offline_a))
 
 
+def test_rmia_averages_the_confidences_of_several_queries():
+    p = np.stack([1 / (1 + np.exp(-game(models=6, n=25, strength=strength)[0])) for strength in (1.0, 3.0)])
+    _, member = game(models=6, n=25)
+    assert np.allclose(mi.rmia(p, member), mi.rmia(p.mean(0), member))
+
+
 def slow_log_ratio_count(signal, member, population):
     """RMIA straight from its definition in logarithms, where a confidence of 0 or 1 loses nothing."""
     log_p = -np.logaddexp(0, -signal)
@@ -452,3 +458,17 @@ def test_who_was_treated_shows_where_treatment_takes_membership_away():
     auc = [roc_auc_score(treated[m], s[m]) for s, m in zip(scores, member, strict=True)]
     none = [roc_auc_score(treated[m], s[m]) for s, m in zip(mi.treated_inference(plain, plain, member), member, strict=True)]
     assert np.mean(auc) > 0.9 and abs(np.mean(none) - 0.5) < 0.06
+
+
+def test_who_was_treated_by_loops():
+    references, member = game(models=6, n=25)
+    signal, _ = game(models=6, n=25, strength=0.2)
+    found = mi.treated_inference(signal, references, member)
+    for t in range(6):
+        keep = [m for m in range(6) if m not in (t, slow_twin(member, t))]
+        inside = [references[[m for m in keep if member[m, i]], i] for i in range(25)]
+        squares = np.array([((r - r.mean()) ** 2).sum() for r in inside])
+        free = np.array([len(r) - 1 for r in inside])
+        spread = np.sqrt((squares + 8 * squares.sum() / free.sum()) / (free + 8))
+        wanted = (np.array([r.mean() for r in inside]) - signal[t]) / spread
+        assert np.allclose(found[t], np.where(member[t], wanted, np.nan), equal_nan=True)

@@ -145,6 +145,18 @@ def test_mart_by_its_definition(task):
         assert torch.allclose(seen.adversarial_ce[i], -torch.log(q[i, y[i]]), atol=1e-8)
 
 
+@pytest.mark.parametrize("objective", [TRADES(PGD(0.1, 3), 4.0), MART(PGD(0.1, 3), 4.0)], ids=lambda o: type(o).__name__)
+def test_the_gradient_flows_through_both_predictions(task, objective):
+    net, x, y, index = task
+    seen = objective(net, x, y, index, rng=rng())
+    p, q, right = net(x).softmax(1), net(objective.move(net, x, y, rng())).softmax(1), F.one_hot(y, 3) > 0
+    wanted = -p[right].log() + 4 * kl(p, q)
+    if isinstance(objective, MART):
+        wanted = -q[right].log() - (1.0001 - q.masked_fill(right, 0).amax(1)).log() + 4 * kl(p, q) * (1 - p[right])
+    slopes = [torch.autograd.grad(loss.sum(), list(net.parameters())) for loss in (seen.loss, wanted)]
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*slopes, strict=True))
+
+
 @pytest.mark.parametrize("objective", [TRADES(PGD(0.1, 3)), MART(PGD(0.1, 3))], ids=lambda o: type(o).__name__)
 def test_slopes_are_finite_where_a_wrong_class_is_certain(task, objective):
     net, x, y, index = task
@@ -212,6 +224,17 @@ def test_awp_by_its_definition(task, inner):
     assert any((g != 0).any() for g in gradients)
     seen.undo()
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_awp_leaves_biases_alone(task):
+    net, x, y, index = task
+    biases = [p for p in net.parameters() if p.ndim == 2]
+    with torch.no_grad():
+        for p in biases:
+            p.add_(1)  # a bias of 0 could not move by a share of its length
+    before = [p.detach().clone() for p in biases]
+    AWP(Natural(), 0.1)(net, x, y, index, rng=rng())  # not undone
+    assert biases and all(torch.equal(p, old) for p, old in zip(biases, before, strict=True))
 
 
 def test_awp_looks_at_the_unprotected_only(tiny):

@@ -153,8 +153,8 @@ def test_the_scale_is_halved_and_the_same_step_done_again(tiny, monkeypatch):
 def test_noise_and_steps_of_a_private_run_do_not_depend_on_the_scale(tiny, monkeypatch):
     members = member_masks(24, 2, seed=0)
     recipe = Recipe(model=MLP((6,)), mechanism=SelectiveDP(1.0, 0.5, torch.arange(24) < 9), sampler=Poisson(4), epochs=5)
-    draws, real = [], Streams.normal
-    monkeypatch.setattr(Streams, "normal", lambda s, n: (draws.append((s.purpose, s.step)), real(s, n))[1])
+    draws, real = [], Streams.private_normal
+    monkeypatch.setattr(Streams, "private_normal", lambda s, *how: (draws.append((s.purpose, s.step)), real(s, *how))[1])
     for start in (2.0**40, 2.0**4):
         monkeypatch.setattr(precision, "START", start)
         draws.clear()
@@ -203,6 +203,13 @@ def test_the_scale_grows_again_and_a_lost_model_does_not_hold_the_others_back(mo
     assert scaler.accepts(bad)
     bad[0][0, 0, 0] = float("nan")
     assert not scaler.accepts(bad)
+
+
+def test_quiet_steps_are_counted_anew_after_an_overflow():
+    net = MLP((6,)).build(models=1, shape=(1, 4, 4), classes=3, seeds=(0,))
+    scaler, good = Scaler(net), [torch.zeros_like(p) for p in net.parameters()]
+    assert scaler.accepts(good) and not scaler.accepts([g + float("inf") for g in good])
+    assert scaler.state().tolist() == [precision.START / 2, 0]
 
 
 def test_a_resumed_run_keeps_its_scale(tiny, store, monkeypatch):

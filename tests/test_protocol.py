@@ -14,9 +14,10 @@ import torch
 from demem_lab import data, farm, protocol, queries, risk, training
 from demem_lab.attacks import PGD
 from demem_lab.augment import CropFlip
+from demem_lab.leakage import evaluate
 from demem_lab.mechanisms import DPSGD, SelectiveDP
 from demem_lab.membership import lira, rmia
-from demem_lab.objectives import AWP, TRADES
+from demem_lab.objectives import AWP, PGDAT, TRADES, Natural
 from demem_lab.optimizers import HalfFlat, StepDecay
 from demem_lab.precision import Precision
 from demem_lab.protocol import PROFILES, Protocol, arms_of, run
@@ -105,6 +106,27 @@ def test_measuring_equals_a_slow_reading():
                 assert found[f"{attack}: accused at 5 %, {group}"][m] == pytest.approx(np.mean(accused))
 
 
+def test_the_stronger_query_is_chosen_for_each_rate(monkeypatch):
+    """Clean queries give away a few for certain, adversarial ones many a little: best at small and at large rates."""
+    monkeypatch.setattr("demem_lab.results.lira", lambda signal, members, **_: signal)
+    rng, members = np.random.default_rng(0), data.member_masks(400, 4, seed=0).numpy()
+    few, many = rng.normal(size=(2, *members.shape)) + 0.75 * members * np.array([0, 1])[:, None, None]
+    few = few + 9 * (members & (rng.random(members.shape) < 0.15))
+    tables = {"clean": np.stack([0 * few, few], -1), "adversarial": np.stack([0 * many, many], -1), "robust": members}
+    found = measure(tables, np.ones(400, dtype=int), members, at_risk=np.arange(400) < 100)
+    for rate, query, other in ((0.1, many, few), (0.05, few, many)):
+        wanted, less = (evaluate(signal, members, fprs=(rate,)) for signal in (query, other))
+        assert (wanted.tpr - wanted.accused).mean() > (less.tpr - less.accused).mean()
+        assert found[f"LiRA: found at {100 * rate:g} %"] == pytest.approx(wanted.tpr[:, 0])
+
+
+def test_the_auc_is_that_of_the_stronger_query():
+    tables, y, members = made_tables()
+    wanted = evaluate(rmia(confidence(tables["adversarial"], y), members), members).auc  # it was made the stronger one
+    for turned in (tables, tables | {"clean": tables["adversarial"], "adversarial": tables["clean"]}):
+        assert measure(turned, y, members, at_risk=np.arange(len(y)) < 100)["RMIA: AUC"] == pytest.approx(wanted)
+
+
 def test_a_file_never_loses_the_arms_it_has(done, tmp_path):
     results, store, file = done
     before = file.read_text()
@@ -125,6 +147,13 @@ def test_rates_that_the_non_members_cannot_resolve_are_left_out():
     tables, y, members = made_tables()
     found = measure(tables, y, members, at_risk=np.arange(len(y)) < 100)
     assert "RMIA: found at 5 %" in found and "RMIA: found at 2 %" not in found  # 200 non-members: 5 of them are 2.5 %
+
+
+def test_the_model_with_fewest_non_members_decides_which_rates_are_there():
+    tables, y, members = made_tables(models=8, n=500)
+    members[0, np.flatnonzero(~members[0])[:10]] = True  # 240 non-members, where 2 % takes 250
+    found = measure(tables, y, members, at_risk=np.arange(500) < 100)
+    assert "RMIA: found at 5 %" in found and "RMIA: found at 2 %" not in found
 
 
 def test_nothing_to_find_is_found_at_the_rate_of_false_alarms():
@@ -209,10 +238,12 @@ def test_a_run_that_is_killed_leaves_the_file_of_the_arms_before(done, tmp_path,
     assert Results.load(file).arms == {"none": results.arms["none"]}
 
 
-def test_tuning_uses_other_models_and_another_score(store):
+def test_tuning_uses_other_models_and_another_score(store, monkeypatch):
+    used, train = [], training.train
+    monkeypatch.setattr(training, "train", lambda *a, seeds, **how: (used.extend(seeds), train(*a, seeds=seeds, **how))[1])
     found = protocol.tune(SMALL, "DP for everybody", (0.001, 0.1), store=store, progress=False)
     assert list(found) == [0.001, 0.1] and all(0 <= v <= 1 for v in found.values())
-    assert not set(model_seeds(SMALL.seed, 6)) & set(model_seeds(SMALL.seed + 1000, 6))
+    assert used and not set(used) & {key(SMALL.seed, "scoring"), *model_seeds(SMALL.seed, SMALL.models)}
 
 
 def test_the_defaults_are_the_authors():
@@ -224,9 +255,16 @@ def test_the_defaults_are_the_authors():
     assert recipe.optimizer.weight_decay == 5e-4
     assert recipe.augment == CropFlip() and recipe.precision == Precision.AUTO and p.split == "all"
     assert replace(p, augment=False).recipe().augment is None
-    assert isinstance(replace(p, objective="trades-awp").recipe().objective, AWP)
-    assert isinstance(replace(p, objective="trades").recipe().objective, TRADES)
     assert isinstance(replace(p, decay_at=0.0).recipe().schedule, HalfFlat)
+
+
+def test_every_objective_by_name():
+    attack = PGD(8 / 255, 3, 3.33 / 255)
+    wanted = {
+        "natural": Natural(), "pgd-at": PGDAT(attack), "trades": TRADES(attack), "awp": AWP(PGDAT(attack)),
+        "trades-awp": AWP(TRADES(attack)),
+    }
+    assert {name: Protocol(objective=name).recipe().objective for name in wanted} == wanted
 
 
 def test_who_is_treated_is_the_top_of_the_score():

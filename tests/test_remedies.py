@@ -1,5 +1,7 @@
 """Rivals of selective privacy against their definitions, sample by sample."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,19 +20,19 @@ from demem_lab.streams import Streams
 from demem_lab.training import Recipe, train
 
 
-@pytest.fixture
-def step():
-    """Two models, six rows each, the last row of model 1 is padding."""
+def made_step(there=3):
+    """Two models, six rows each of the first of three classes, the last row of model 1 is padding."""
     net = MLP((8,)).build(models=2, shape=(1, 4, 4), classes=3, seeds=(0, 1)).double()
     x = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    y, index = torch.arange(12) % 3, torch.arange(12).view(2, 6)
+    y, index = torch.arange(12) % there, torch.arange(12).view(2, 6)
     valid = torch.ones(2, 6, dtype=torch.bool)
     valid[1, 5] = False
 
-    def run(mechanism, epoch=0, at=3):
-        seen = Natural()(net, x, y, index.flatten(), rng=None)
+    def run(mechanism, epoch=0, at=3, times=1.0):
         batch = Batch(index, valid, 5.0, at, 10, Streams((0, 1), "noise"), epoch=epoch)
-        return mechanism.update(net, seen, batch)
+        with net.recording(mechanism.per_sample):
+            seen = Natural()(net, x, y, index.flatten(), rng=None)
+            return mechanism.update(net, replace(seen, loss=times * seen.loss), batch)
 
     def by_hand(loss_of):
         """Gradient of the sum over models of loss_of(logits [B, K], labels [B]) / 5 over the valid rows."""
@@ -41,6 +43,11 @@ def step():
         return torch.autograd.grad(total, list(net.parameters()))
 
     return run, by_hand
+
+
+@pytest.fixture
+def step():
+    return made_step()
 
 
 def same(found, wanted):
@@ -90,6 +97,13 @@ def test_clipped_release_is_a_budget_without_noise_and_both_of_its_halves(tiny):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in loose)
 
 
+def test_clipped_release_by_itself_leaves_out_who_has_left(step):
+    """In training those are not computed at all, whatever the mechanism does with them."""
+    run, _ = step
+    until = torch.linspace(0, 1, 12, dtype=torch.float64)
+    assert same(run(ClippedRelease(until, 1e6), at=5), run(GradedRelease(until), at=5))
+
+
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=40), st.floats(0.5, 8), st.floats(0, 1))
 def test_the_schedule_falls_with_risk(score, power, floor):
     until = release_schedule(np.array(score), power=power, floor=floor).numpy()
@@ -99,8 +113,9 @@ def test_the_schedule_falls_with_risk(score, power, floor):
     assert until[order] == pytest.approx(1 - (1 - floor) * ranks**power)
 
 
-def test_class_variance_by_its_definition(step):
-    run, by_hand = step
+@pytest.mark.parametrize("there", [3, 2])
+def test_class_variance_is_over_the_classes_that_are_there(there):
+    run, by_hand = made_step(there)
 
     def wanted(logits, labels):
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -131,6 +146,12 @@ def test_relax_loss_by_its_definition(step, epoch, alpha, upper):
         return total / 5
 
     assert same(run(RelaxLoss(alpha, upper), epoch=epoch), by_hand(wanted))
+
+
+def test_relax_loss_compares_the_cross_entropy_and_not_the_loss(step):
+    """A loss may hold more than the cross-entropy, as that of TRADES does: here it is above alpha, the other one below."""
+    run, _ = step
+    assert same(run(RelaxLoss(5.0), times=10.0), [-g for g in run(Plain(), times=10.0)])
 
 
 def test_relax_loss_stops_at_its_target(tiny):

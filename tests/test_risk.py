@@ -73,6 +73,10 @@ def test_deciles_are_ordered_and_equal():
     assert sizes.max() - sizes.min() <= 1 and all(score[group == g].max() <= score[group == g + 1].min() for g in range(9))
 
 
+def test_ties_of_deciles_go_in_order():
+    assert np.array_equal(risk.deciles(np.arange(100) % 2), np.arange(100) // 20 + 5 * (np.arange(100) % 2))
+
+
 def test_trace_measures_by_loops():
     trace = RNG.random((3, 8, 10))
     trace[0, :, 4] = np.nan
@@ -115,6 +119,15 @@ def test_rank_correlation_interval_covers():
         assert found.mean == pytest.approx(stats.spearmanr(a, b).statistic)
         hits += found.low < truth < found.high
     assert 180 <= hits <= 200
+
+
+def test_rank_correlation_interval_by_its_formula():
+    a, b = np.arange(20.0), np.arange(20.0)
+    b[[0, 8]] = b[[8, 0]]
+    rho = stats.spearmanr(a, b).statistic
+    half = 1.959964 * np.sqrt((1 + rho**2 / 2) / 17)
+    found = risk.rank_correlation(a, b)
+    assert (found.low, found.high) == pytest.approx((np.tanh(np.arctanh(rho) - half), np.tanh(np.arctanh(rho) + half)))
 
 
 def test_precision_at_the_top():
@@ -178,6 +191,20 @@ def test_models_needed_shrink_the_error_as_wanted():
     assert 0.03 < np.quantile(many.standard_error, 0.5) < 0.05
     with pytest.raises(ValueError, match="standard_error"):
         found.models_needed(0.0)
+
+
+def with_errors(*errors):
+    """Scores of two models on each side, with these standard errors."""
+    two = np.full(len(errors), 2)
+    return risk.MemorizationScore(np.zeros(len(errors)), np.array(errors), two, two)
+
+
+def test_models_needed_leave_no_more_behind_than_they_may():
+    assert with_errors(0.1, 0.1, 0.2, 0.2).models_needed(0.1, share=0.6) == 16  # with 4 only half are as sure
+
+
+def test_models_needed_are_not_rounded_up_twice():
+    assert with_errors(0.07, 0.07).models_needed(0.01) == 196  # 0.07 / 0.01 is 7.000000000000001
 
 
 def test_out_of_sample_and_in_sample_means_against_loops():

@@ -100,6 +100,10 @@ def test_key_depends_on_kind_and_on_the_source_of_modules(store):
     assert code_version(("risk",)) != code_version(("membership",))
 
 
+def test_a_key_follows_the_code_it_names(store):
+    assert store.key("a", 1, modules=("risk",)) != store.key("a", 1, modules=("membership",))
+
+
 def damage(place, how):
     data, sidecar = next(place.glob("*.safetensors")), next(place.glob("*.json"))
     if how == "cut":

@@ -78,6 +78,13 @@ def test_chunks_and_workers_change_nothing(tiny, monkeypatch):
     assert distance(found[0], found[1]) < 1e-8 and distance(found[0], found[2]) < 1e-8
 
 
+def test_a_chunk_draws_at_the_rate_of_the_whole_design(tiny):
+    members = torch.arange(24) < torch.tensor([[20], [10], [18], [8]])  # 14 on average
+    short = recipe(objective=Natural(), epochs=3)
+    a, b = (train(tiny, members, short, seeds=SEEDS, chunk=chunk, dtype=torch.float64) for chunk in (4, 1))
+    assert distance(a, b) < 1e-8
+
+
 @pytest.mark.parametrize("chunk", [2, None])
 def test_training_inside_no_grad(tiny, chunk, monkeypatch):
     monkeypatch.setenv("DEMEM_WORKERS", "1")  # in this thread: others have a mode of their own
@@ -214,6 +221,13 @@ def test_random_starts_of_a_query_belong_to_the_model(tiny, monkeypatch):
     assert not np.allclose(found[0], outputs(ensemble, tiny, attack=replace(attack, random_start=False)), atol=1e-3)
 
 
+def test_every_block_of_a_query_has_random_starts_of_its_own(tiny):
+    ensemble = train(tiny, MEMBERS[:2], recipe(epochs=3), seeds=SEEDS[:2])
+    alike = replace(tiny, x=tiny.x[:1].expand(24, -1, -1, -1).contiguous())
+    found = outputs(ensemble, alike, attack=PGD(0.1, 1, step_size=0.0), block=8)  # nothing but the start moves an image
+    assert len(np.unique(found[0], axis=0)) == 24
+
+
 def test_queries_attack_every_sample_at_full_strength(tiny):
     ensemble = train(tiny, MEMBERS[:1], recipe(), seeds=SEEDS[:1])
     pgd = PGD(0.1, 5, random_start=False)
@@ -292,6 +306,12 @@ def test_batch_norm_of_one_model_does_not_see_what_fills_up_another_ones_batch(m
             assert all(torch.equal(together.parameters[name][m], t[0]) for name, t in alone.parameters.items())
     apart = normed("batch", members, (1, 2), mechanism=mechanism, chunk=1)
     assert distance(together, apart) == 0
+
+
+def test_shuffled_batches_train_without_a_guarantee(tiny):
+    chosen = recipe(mechanism=DPSGD(1.0), sampler=Shuffled(4), epochs=1)
+    found = train(tiny, MEMBERS[:2], chosen, seeds=SEEDS[:2]).guarantee(delta=1e-5)
+    assert not found.holds and "shuffled batches" in str(found)
 
 
 def test_batch_norm_trains_without_a_guarantee(digits):
