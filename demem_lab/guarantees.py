@@ -25,7 +25,7 @@ class Guarantee:
     protected: int  # how many samples it holds for
     n: int
     selection: str  # how the protected set came about: "fixed", "public" or "from_data"
-    not_accounted: tuple[str, ...] = ("the number of members, which sets rate and steps", "learning rates tuned on the same data")
+    not_accounted: tuple[str, ...] = ("the number of members (it sets rate and steps)", "learning rates tuned on the same data")
     budgets: bool = False  # whether each sample has its own budget, which came about in the same way as the set
 
     @property

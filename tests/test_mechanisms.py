@@ -341,7 +341,7 @@ def test_promises_and_their_conditions():
     text = str(SelectiveDP(1.0, 1.0, some).guarantee(**SETTING))
     for part in ("the 10 protected of 100", "given the set; end to end: none", "none for the other"):
         assert part in text
-    assert "not accounted: the number of members, which sets rate and steps, learning rates tuned" in text
+    assert "not accounted: the number of members (it sets rate and steps), learning rates tuned" in text
     assert "end to end" not in str(SelectiveDP(1.0, 1.0, some, selection="public").guarantee(**SETTING))
     everybody = DPSGD(1.0).guarantee(**SETTING)
     assert everybody.holds and "all samples" in str(everybody) and everybody.protected == 100
