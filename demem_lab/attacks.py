@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from demem_lab.networks import how_many, settings
 from demem_lab.store import Store
 from demem_lab.streams import Streams
 from demem_lab.validate import choice, finite, images, integer, labels, shown
@@ -252,7 +253,7 @@ def withstands(
     fooled are dropped from later attempts: they are decided. Only possible for a single model (M = 1).
     """
     _check_judges(attacks)
-    if getattr(net, "models", 1) != 1:
+    if how_many(net) != 1:
         raise ValueError(f"robust accuracy with early exit takes one model at a time, got {net.models}")
     standing = predictions(net, x) == y
     for (number, attack), loss in itertools.product(enumerate(attacks), losses):
@@ -300,9 +301,7 @@ def autoattack(
     check_query(net, x, y)
     choice("norm", norm, ("linf", "l2"))
     if store is not None and isinstance(net, nn.Module):
-        with frozen(net), torch.no_grad():
-            answers = net(x)  # what weights and the module's text do not say, such as an inner module's constants, shows here
-        config = {"weights": dict(net.state_dict()), "network": f"{net}", "answers": answers}
+        config = {"weights": dict(net.state_dict()), "network": f"{net}", "settings": settings(net)}
         config |= {"x": x, "y": y, "eps": eps, "norm": norm}
 
         def compute():
@@ -331,7 +330,7 @@ def check_query(net, x: Tensor, y: Tensor) -> None:
     """ValueError unless images, labels and the network's number of classes belong together."""
     images(x)
     with frozen(net), torch.no_grad():
-        classes = net(x[:1].expand(getattr(net, "models", 1), *x.shape[1:])).shape[-1]
+        classes = net(x[:1].expand(how_many(net), *x.shape[1:])).shape[-1]
     labels(y, n=len(x), classes=classes)
 
 

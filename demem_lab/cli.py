@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ INTRO = (
     "2024, arXiv 2412.05767) treats only those at risk. The notebooks of demem_lab measure all of it; every number and "
     "figure below was computed when this page was made. Point at a figure for its numbers."
 )
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENOTDIR)
 INDEX_MB = 25.0
 
 app = typer.Typer(help="Robust models leak: measure it, and protect those at risk.", no_args_is_help=True)
@@ -168,6 +170,8 @@ def run_all(paths: Sequence[Path], out: Path, given: dict, *, strict: bool = Fal
             interrupted = True
         status = _summed_up(results, paths, out, strict) if results else 0
     except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
         what = f"{error.filename or out} cannot be written ({error.strerror or ' '.join(str(error).split())[:200]})"
         print(f"demem-lab: {what}; make room, or give another folder with --out: results are kept in {kept}", file=sys.stderr)
         return 1

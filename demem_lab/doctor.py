@@ -198,7 +198,7 @@ def profile(asked: str | None = None) -> Check:
 
 def data(root: str | None = None) -> Check:
     """Which data sets are there, besides the digits that come with scikit-learn."""
-    root = os.environ.get("DEMEM_DATA", "") if root is None else root
+    root = os.path.expanduser(os.environ.get("DEMEM_DATA", "") if root is None else root)
     if not root:
         return Check("data", "ok", "digits (built in); DEMEM_DATA is not set, so no others")
     if not Path(root).is_dir():

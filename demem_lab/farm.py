@@ -73,15 +73,18 @@ def connect(address: str, *, seconds: float = 10) -> Executor:
         from dask.distributed import Client
     except ImportError:
         raise ImportError("a Dask scheduler takes Dask on this side, too: pip install 'demem-lab[cluster]'") from None
+    client = None
     try:
         client = Client(address, timeout=seconds, set_as_default=False)
         client.wait_for_workers(1, timeout=seconds)
     except (OSError, TimeoutError, ValueError) as error:
+        if client is not None:
+            client.close()
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fix = "start `dask scheduler`, and `dask worker ADDRESS` on each machine, and give the address that the scheduler prints"
         raise ConnectionError(f"no scheduler with workers answers at {address!r} within {seconds:g} s ({first}); {fix}") from None
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    return client.get_executor(resources={"GPU": 1} if any("GPU" in worker["resources"] for worker in workers) else {})
+    offered = client.run_on_scheduler(lambda dask_scheduler: [w.resources for w in dask_scheduler.workers.values()])
+    return client.get_executor(resources={"GPU": 1} if any("GPU" in resources for resources in offered) else {})
 
 
 def device_of(executor: Executor, name: str = "auto") -> torch.device:

@@ -182,3 +182,17 @@ def initialised(net: Network, seeds: Sequence[int], device) -> Network:
     for number, layer in enumerate(net.layers):
         layer.initialise(streams.fork(number))
     return net.to(device)
+
+
+def how_many(net) -> int:
+    """M of a network of M models; 1 of anybody's, whatever it calls `models`."""
+    models = getattr(net, "models", 1)
+    return models if isinstance(models, int) else 1
+
+
+def settings(net: nn.Module) -> dict:
+    """Plain attributes of a module and of all inside it: what answers follow from besides the weights."""
+    return {
+        f"{inside}.{name}": repr(value) for inside, module in net.named_modules() for name, value in vars(module).items()
+        if isinstance(value, (int, float, str, tuple, list)) and name != "training"
+    }

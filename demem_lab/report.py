@@ -48,18 +48,22 @@ class AuditReport:
     def headline(self) -> tuple[str, str, float]:
         """(attack, query, FPR) that found most members at the finest false positive rate that the data resolve.
 
-        A rate that no attack comes near, because too many scores are equal, is passed over for a coarser one.
+        A rate that no attack comes near, because too many scores are equal, is passed over for a coarser one; where none comes
+        near any, it is the attack whose one threshold is right most often.
         """
+        every = [(name, query, entry) for name, queries in self.attacks.items() for query, entry in queries.items()]
         found = [
-            (_out_of_reach(entry, rate), float(rate), -entry["tpr_at_fpr"][rate]["estimate"], name, query)
-            for name, queries in self.attacks.items() for query, entry in queries.items() for rate in entry["tpr_at_fpr"]
+            (float(rate), -entry["tpr_at_fpr"][rate]["estimate"], name, query)
+            for name, query, entry in every for rate in entry["tpr_at_fpr"] if not _out_of_reach(entry, rate)
         ]
-        *_, name, query = min(found)
-        rates = [rate for _, rate, _, *who in found if who == [name, query]]
-        return name, query, max(rates) if all(missed for missed, *_ in found) else min(found)[1]
+        if found:
+            fpr, _, name, query = min(found)
+            return name, query, fpr
+        name, query, entry = max(every, key=lambda one: one[2]["balanced_accuracy_held_out"])
+        return name, query, max(map(float, entry["tpr_at_fpr"]))
 
     def summary(self) -> str:
-        """The strongest attack in two sentences."""
+        """The strongest attack in three sentences."""
         name, query, fpr = self.headline
         entry = self.attacks[name][query]
         rate, accused = entry["tpr_at_fpr"][f"{fpr:g}"], entry.get("accused_at_fpr", {}).get(f"{fpr:g}", fpr)

@@ -261,7 +261,7 @@ def _wait_for(lock: FileLock) -> None:
         try:
             lock.acquire(timeout=PATIENCE)
         except Timeout:
-            print(f"another process computes this; waiting ({lock.lock_file})", flush=True)
+            print(f"somebody else computes this; waiting ({lock.lock_file})", flush=True)
             lock.acquire()
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:

@@ -17,6 +17,7 @@ import torch
 
 from demem_lab import farm
 from demem_lab.attacks import NFGSM, PGD, autoattack, check_query, cross_entropy, frozen, margin, predictions, withstands
+from demem_lab.networks import how_many
 from demem_lab.outputs import listed
 from demem_lab.signals import label_robustness
 from demem_lab.validate import instance, integer, shown
@@ -159,7 +160,7 @@ def _pair(name: str, given) -> tuple[torch.Tensor, torch.Tensor]:
 def _answering(net, x: torch.Tensor, where):
     """The network, taking float32; ValueError unless it answers one such image with a row of logits."""
     kind = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
-    asked = x[:1].to(where).expand(getattr(net, "models", 1), *x.shape[1:])
+    asked = x[:1].to(where).expand(how_many(net), *x.shape[1:])
     try:
         with frozen(net), torch.no_grad():
             answer = net(asked.to(kind))

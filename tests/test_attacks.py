@@ -211,6 +211,13 @@ def test_robust_accuracy_of_real_attacks_equals_attacking_everything():
     assert attacks.robust_accuracy(net, x, y, chosen) == slow.double().mean().item()
 
 
+def test_a_strangers_network_may_call_anything_models():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double()
+    net.models = "several"
+    x, y = task(3)
+    assert 0 <= attacks.robust_accuracy(net, x, y, [PGD(0.1, 1)]) <= 1
+
+
 def test_a_blind_attack_beside_a_seeing_one():
     torch.manual_seed(3)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3), type(

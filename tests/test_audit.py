@@ -427,6 +427,12 @@ def test_equal_outputs_are_no_safety():
     assert f"is right for {100 * entry['balanced_accuracy_held_out']:.3g} % of them" in report.summary()
     assert any("10.0% of the non-members share the highest score with 33.3% of the members" in text for text in report.warnings)
     assert not any("share the highest score" in text for text in audit(single()).warnings)
+    blind = {name: np.where(np.arange(4) == arrays[f"{name[:-7]}_labels"][:, None], 60.0, 0.0) if "logits" in name else array
+             for name, array in arrays.items()}  # everything is answered rightly, and alike
+    blind["nonmember_logits"][:600] = np.eye(4)[0]
+    report = audit(blind)  # no rate is near: the attack whose one threshold is right most often
+    held = {n: q["clean"]["balanced_accuracy_held_out"] for n, q in report.attacks.items()}
+    assert report.headline == (max(held, key=held.get), "clean", 0.1) and "finds 0.0% of the members" in report.summary()
 
 
 def test_what_guessing_finds_stands_beside_what_is_found():
