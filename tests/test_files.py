@@ -151,6 +151,16 @@ def test_files_larger_than_memory_are_refused_before_they_are_read(tmp_path, mon
             read(path)
 
 
+@pytest.mark.parametrize("number", ["1", "-0.123456789012"])
+def test_a_table_asks_room_for_its_numbers_however_long_they_are(tmp_path, monkeypatch, number):
+    asked = []
+    monkeypatch.setattr(files, "_room", lambda path, needed: asked.append(needed))
+    rows = [f"{side},0,{number},{number}" for side in (0, 1)] * 20_000
+    (tmp_path / "a.csv").write_text("\n".join(["member,label,logit_0,logit_1", *rows]) + "\n")
+    read(tmp_path / "a.csv")
+    assert asked[0] == pytest.approx(40 * 4 * len(rows), rel=0.01)
+
+
 TABLE = "member,label,logit_0,logit_1\n1,0,0.5,2\n1,1,1,0\n0,0,3,1.5\n0,1,1,4\n"
 
 
