@@ -153,7 +153,7 @@ class Store:
                 file.unlink(missing_ok=True)
 
     def entries(self) -> list[dict[str, Any]]:
-        """What is kept: kind, key, megabytes, created (seconds since 1970), a row for each entry."""
+        """What is kept: kind, key, megabytes of arrays, created (seconds since 1970), a row for each entry."""
         rows = []
         for file in sorted(self._sidecars()):
             entry = self._read(file.with_suffix(""))
