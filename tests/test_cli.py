@@ -184,6 +184,7 @@ def test_ctrl_c_leaves_a_report_of_what_is_finished(tmp_path):
     run = subprocess.Popen(
         [sys.executable, "-m", "demem_lab.cli", "run", *map(str, paths), "--out", str(tmp_path / "out")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run in the background ignore it
     )
     while run.poll() is None and not in_its_last_cell(tmp_path / "out" / "b.ipynb"):
         time.sleep(0.2)

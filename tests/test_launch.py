@@ -66,10 +66,10 @@ def test_every_notebook_says_what_it_will_use_before_it_computes(file):
     lines = cells[first].splitlines()
     assert "from demem_lab.estimate import status" in "\n".join(cells[:first])
     if file.name.startswith("06"):  # two laboratories: it speaks of the first
-        said = lines.index('print(status(found[0], "06"))')
+        said = lines.index('print(status(found[0], "06", profile))')
         assert not any(".tuned()" in line for line in lines[:said])
         return
-    said = lines.index(f'print(status(lab, "{file.name[:2]}"))')
+    said = lines.index(f'print(status(lab, "{file.name[:2]}", profile))')
     assert lines[said - 1] == ")"
     assert not any("lab." in line for line in "\n".join([*cells[2:first], *lines[:said]]).splitlines() if "import" not in line)
 

@@ -430,4 +430,4 @@ def test_whoever_waits_for_another_process_is_told_once(store, monkeypatch, caps
     held.wait()
     assert store.compute("k", 1, lambda: {"x": np.zeros(1)}).fresh
     other.join()
-    assert capsys.readouterr().out == f"another process computes this; waiting ({place}.lock)\n"
+    assert capsys.readouterr().out == f"somebody else computes this; waiting ({place}.lock)\n"
