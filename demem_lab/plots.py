@@ -187,7 +187,7 @@ def two_measures(
         figure.add_vline(x=scale * reference, line={"color": GREY, "dash": "dot"})
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(title=axis)
-    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    figure.update_layout(legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0})
     return styled(figure, title=title, height=190 + 34 * len(rows)).update_layout(margin={"t": 90})
 
 

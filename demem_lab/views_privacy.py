@@ -167,7 +167,7 @@ def demem_view(
         axis = figure.get_subplot(row, 1).xaxis.plotly_name.replace("axis", "")
         figure.update_xaxes(visible=False, row=row, col=1)
         figure.update_yaxes(visible=False, autorange="reversed", scaleanchor=axis, row=row, col=1)
-    figure.update_layout(legend=_below(0.561, 102))
+    figure.update_layout(legend=_below(0.561, 116))
     return moved(_large(styled(figure, title=title, height=1040)), marks)
 
 
