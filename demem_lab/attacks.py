@@ -14,41 +14,23 @@ Sources: FGSM (Goodfellow et al. 2015), PGD (Madry et al. 2018), AutoAttack (Cro
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from demem_lab.bytecode import code_of
+from demem_lab.losses import Loss, cross_entropy, logit_slope
+from demem_lab.losses import margin as margin  # so that all an attack needs is found here
 from demem_lab.networks import how_many, settings
-from demem_lab.store import Store
+from demem_lab.store import Store, installed
 from demem_lab.streams import Streams
 from demem_lab.validate import choice, finite, images, integer, labels, shown
 
 PIXELS = "give the attack radius in pixel units of [0, 1], for instance 8/255"
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, K], labels [B] -> loss [B], what the attack increases
-
-
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each row, [B]."""
-    if not _few_classes(logits):
-        return F.cross_entropy(logits, y, reduction="none")
-    return -log_softmax(logits).gather(1, y[:, None])[:, 0]
-
-
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Best wrong logit minus the right one, [B] (Carlini & Wagner 2017): its slope never vanishes.
-
-    A model with huge logits has a saturated softmax, whose cross-entropy is flat in float32: an attack on that loss does
-    not move, and the model only looks robust.
-    """
-    right = logits.gather(-1, y[:, None])[:, 0]
-    return logits.scatter(-1, y[:, None], float("-inf")).amax(-1) - right
-
-
-cross_entropy.stateless = margin.stateless = True  # an attack on them can be recorded (`replay`)
 
 
 @dataclass(frozen=True)
@@ -118,7 +100,7 @@ class PGD:
                 if self.norm == "linf":
                     z = z.add_(slope.sign(), alpha=step).clamp_(low, high)
                 else:
-                    z = self.project(z + step * slope / _norms(slope).clamp_min(1e-12), x)
+                    z = self.project(z + step * _unit(slope), x)
         return z
 
     def project(self, z: Tensor, x: Tensor) -> Tensor:
@@ -181,38 +163,11 @@ def image_slope(net: nn.Module, x: Tensor, y: Tensor, loss: Loss = cross_entropy
     Networks that can go backwards by hand do (MLPs: 1.1 to 1.6 times as fast); all others through autograd.
     """
     if hasattr(net, "by_hand"):
-        slope = net.by_hand(x, lambda logits: _logit_slope(loss, logits, y))
+        slope = net.by_hand(x, lambda logits: logit_slope(loss, logits, y))
         if slope is not None:
             return slope
     x = x.detach().requires_grad_()
     return torch.autograd.grad(loss(net(x), y).sum(), x)[0]
-
-
-def softmax(logits: Tensor) -> Tensor:
-    """Probabilities [B, K]. torch takes a short last axis number by number: ten classes are 8 times as fast laid out first."""
-    return logits.t().softmax(0).t().contiguous() if logits.shape[-1] < 16 else logits.softmax(-1)
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    """Their logarithms [B, K], in the same way; with its gradient, many rows of ten classes are 3 times as fast."""
-    return logits.t().log_softmax(0).t() if _few_classes(logits) else logits.log_softmax(-1)
-
-
-def _few_classes(logits: Tensor) -> bool:
-    """Whether laying out the classes first pays for its transposition."""
-    return logits.ndim == 2 and logits.shape[1] < 16 and len(logits) > 512 and not logits.is_cuda
-
-
-def _logit_slope(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
-    """Gradient of the summed loss at the logits, [B, K]; a loss may bring its own as `slope`."""
-    if hasattr(loss, "slope"):
-        return loss.slope(logits, y)
-    if loss is cross_entropy:  # softmax minus one-hot, in two passes instead of autograd's six
-        slope = softmax(logits)
-        return slope.scatter_add_(-1, y[:, None], slope.new_full((1, 1), -1).expand(len(y), 1))
-    with torch.enable_grad():
-        logits = logits.detach().requires_grad_()
-        return torch.autograd.grad(loss(logits, y).sum(), logits)[0]
 
 
 @contextmanager
@@ -256,6 +211,7 @@ def withstands(
     if how_many(net) != 1:
         raise ValueError(f"robust accuracy with early exit takes one model at a time, got {net.models}")
     standing = predictions(net, x) == y
+    _check_slopes(net, x[standing], y[standing], losses)
     for (number, attack), loss in itertools.product(enumerate(attacks), losses):
         for restart in range(attack.restarts):
             rows = standing.nonzero().flatten()
@@ -281,6 +237,20 @@ def _check_judges(attacks: Sequence[PGD]) -> None:
             )
 
 
+def _check_slopes(net, x: Tensor, y: Tensor, losses: Sequence[Loss]) -> None:
+    """Warn where no attack that follows slopes can move: sign(NaN) is 0."""
+    if hasattr(net, "by_hand") or not len(x):  # our networks have finite slopes wherever their answers are finite
+        return
+    with frozen(net):
+        lost = max(int((~image_slope(net, x, y, loss).isfinite()).flatten(1).any(1).sum()) for loss in losses)
+    if lost:
+        warnings.warn(
+            f"{lost} of {len(x)} images that are classified correctly have a slope of NaN, so attacks that follow it stand "
+            "still and robust accuracy means nothing there; mend the network (a root of 0, for instance), or ask AutoAttack",
+            stacklevel=4,
+        )
+
+
 def robust_accuracy(
     net, x: Tensor, y: Tensor, attacks: Sequence[PGD], *, rng=None, losses: Sequence[Loss] = (cross_entropy,)
 ) -> float:
@@ -300,14 +270,16 @@ def autoattack(
     """
     check_query(net, x, y)
     choice("norm", norm, ("linf", "l2"))
+    finite("eps", eps, low=0, **({"high": 1} if norm == "linf" else {}), fix=PIXELS)
     if store is not None and isinstance(net, nn.Module):
         config = {"weights": dict(net.state_dict()), "network": f"{net}", "settings": settings(net)}
+        config |= {"code": code_of(*{type(part) for part in net.modules()}), "judge": installed("pyautoattack")}
         config |= {"x": x, "y": y, "eps": eps, "norm": norm}
 
         def compute():
             return {"moved": autoattack(net, x, y, eps=eps, norm=norm, batch_size=batch_size).cpu().numpy()}
 
-        kept = store.compute("autoattack", config, compute, modules=("attacks", "networks", "models", "layers"))
+        kept = store.compute("autoattack", config, compute, modules=("losses", "attacks", "networks", "models", "layers"))
         return torch.from_numpy(kept.arrays["moved"]).to(x)
     try:
         from pyautoattack import AutoAttack
@@ -336,6 +308,13 @@ def check_query(net, x: Tensor, y: Tensor) -> None:
 
 def _norms(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+def _unit(slope: Tensor) -> Tensor:
+    """[B, C, H, W] scaled to length 1, however short (squares of 1e-23 are 0 in float32); nothing where it is 0 or NaN."""
+    slope = slope.nan_to_num(0, 0, 0)
+    slope = slope / slope.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
+    return slope / _norms(slope).clamp_min(1e-12)
 
 
 def _rand(x: Tensor, generator, *, normal: bool = False) -> Tensor:

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from demem_lab.attacks import PGD, cross_entropy, frozen, log_softmax, softmax
+from demem_lab.attacks import PGD, frozen
+from demem_lab.losses import cross_entropy, log_softmax, softmax
 from demem_lab.streams import Streams
 from demem_lab.validate import finite
 
@@ -37,9 +38,9 @@ class PerSample:
 class Objective(Protocol):
     """Anything that turns images into per-sample losses.
 
-    `counts` bool [M*B]: the rows that count without a promise (valid and unprotected). Only objectives that look at the
-    batch as a whole read it (`AWP`); all others treat every row by itself, and their class says so with `row_by_row = True`,
-    without which nothing is promised to anybody.
+    `counts` [M*B]: how much each row counts without a promise, 0 for padding and the protected. Only objectives that look
+    at the batch as a whole read it (`AWP`); all others treat every row by itself, and their class says so with
+    `row_by_row = True`, without which nothing is promised to anybody.
     """
 
     def __call__(self, net, x: Tensor, y: Tensor, index: Tensor, *, rng: Streams, counts: Tensor | None = None) -> PerSample: ...
@@ -61,6 +62,11 @@ class _OneByOne:
     def __call__(self, net, x: Tensor, y: Tensor, index: Tensor, *, rng: Streams, counts: Tensor | None = None) -> PerSample:
         """`rng` gives the attack's random starts; `counts` is not used."""
         return self.losses(net, x, self.move(net, x, y, rng), y, index)
+
+
+def in_two_parts(objective: Objective) -> bool:
+    """Whether `move` and then `losses` are all that the objective does."""
+    return isinstance(objective, _OneByOne) and type(objective).__call__ is _OneByOne.__call__
 
 
 class _CrossEntropy(_OneByOne):
@@ -158,8 +164,8 @@ class AWP:
     """Adversarial weight perturbation around any of the others (Wu, Xia & Wang 2020, equations 8 to 10).
 
     The images are moved first; then each weight tensor moves by gamma times its own norm along the gradient of the mean
-    loss, the losses are taken there with the same images, and `undo` puts the weights back. The move reads only the rows
-    in `counts`: with SelectiveDP the protected have no part in it, and their guarantee survives. Biases and normalisation
+    loss, the losses are taken there with the same images, and `undo` puts the weights back. Rows move them as much as
+    `counts` says: with SelectiveDP the protected have no part in it, and their guarantee survives. Biases and normalisation
     stay, as in the authors' public code. gamma there: 0.01 around PGDAT, 0.005 around TRADES. Weight decay acts on the
     weights that were put back, in their code on the moved ones; and there is no warm-up without the move.
     """
@@ -176,13 +182,14 @@ class AWP:
             raise ValueError(f"AWP goes around Natural, PGDAT, TRADES or MART, got {type(self.inner).__name__}")
 
     def __call__(self, net, x: Tensor, y: Tensor, index: Tensor, *, rng: Streams, counts: Tensor | None = None) -> PerSample:
-        """`counts` bool [M*B], all rows by default."""
+        """`counts` [M*B], 1 for all rows by default."""
         x_adv = self.inner.move(net, x, y, rng)
         weights = [p for p in net.parameters() if p.ndim > 2]  # [M, ...] of more than one axis a model
-        counted = torch.ones_like(y, dtype=torch.bool) if counts is None else counts
+        counts = torch.ones_like(y) if counts is None else counts
         statistics = [b.clone() for b in net.buffers()]
         with net.recording(False):
-            loss = torch.where(counted, self.inner.losses(net, x, x_adv, y, index).loss, 0).sum()
+            losses = self.inner.losses(net, x, x_adv, y, index).loss
+            loss = torch.where(counts > 0, losses * counts, 0).sum()
             # a model's gradient is scaled to length gamma * |w| below, so the mean over its rows need not be taken
             slopes = torch.autograd.grad(loss, weights)
         for buffer, old in zip(net.buffers(), statistics, strict=True):

@@ -73,6 +73,9 @@ class HalfFlat:
 
     tail: float = 0.5
 
+    def __post_init__(self) -> None:
+        finite("tail", self.tail, low=0, high=1, fix="it is a share of all steps")
+
     def __call__(self, step: int, total: int) -> float:
         return min(1.0, (total - step) / max(self.tail * total, 1e-9))
 
@@ -91,6 +94,11 @@ class StepDecay:
 
     milestones: tuple[float, ...] = (0.75,)
     factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        for milestone in self.milestones:
+            finite("a milestone", milestone, low=0, high=1, fix="milestones are shares of all steps, 0.75 for instance")
+        finite("factor", self.factor, low=0, high=1)
 
     def __call__(self, step: int, total: int) -> float:
         return self.factor ** sum(step >= m * total for m in self.milestones)

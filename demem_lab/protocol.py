@@ -123,7 +123,8 @@ class Protocol:
     def _objective(self) -> Objective:
         attack = PGD(self.eps, self.attack_steps, self.attack_step)
         inner = {"natural": Natural(), "pgd-at": PGDAT(attack), "awp": PGDAT(attack)}.get(self.objective) or TRADES(attack)
-        return AWP(inner) if self.objective.endswith("awp") else inner
+        gamma = 0.005 if isinstance(inner, TRADES) else 0.01  # as their authors did
+        return AWP(inner, gamma) if self.objective.endswith("awp") else inner
 
 
 PROFILES = {

@@ -25,7 +25,7 @@ from demem_lab.validate import choice, finite, instance, integer, member_mask, s
 
 MODULES = (
     "streams", "data", "augment", "precision", "triton_norm", "kernels", "layers", "replay", "networks", "folded", "models",
-    "attacks", "objectives", "mechanisms", "budgets", "remedies", "sampling", "optimizers", "recipe", "state",
+    "losses", "attacks", "objectives", "mechanisms", "budgets", "remedies", "sampling", "optimizers", "recipe", "state",
 )  # whose source decides what a trained model is
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from demem_lab.attacks import frozen, image_slope
 from demem_lab.live import Moment
 from demem_lab.mechanisms import Batch, LossVariance, Mechanism, SelectiveDP
+from demem_lab.objectives import in_two_parts
 from demem_lab.precision import Precision, Scaler
 from demem_lab.recipe import Job
 from demem_lab.sampling import Poisson, kept_only
@@ -77,7 +78,10 @@ class State:
         if not torch.equal(kept, valid) or (self.net.has_batch_norm and not bool(valid.all())):
             index, valid = kept_only(index, kept)
         batch = self._batch(index, valid)
-        losses, gradients = self._repeatable(batch)
+        if self.net.has_batch_norm and not bool(valid.any()):  # the padding is somebody's image: it must not be normalised by
+            losses, gradients = torch.zeros_like(index, dtype=self.x.dtype), [torch.zeros_like(p) for p in self.net.parameters()]
+        else:
+            losses, gradients = self._repeatable(batch)
         while self.scaler is not None and not self.scaler.accepts(gradients):
             self._put_back()
             losses, gradients = self._repeatable(batch)
@@ -133,7 +137,9 @@ class State:
         if self.net.replays is not None and recordable(objective, mechanism):
             with torch.enable_grad():
                 return self._recorded(batch, x, y, rng)
-        whole = {"counts": mechanism.counted(batch).flatten()} if getattr(objective, "shifts_weights", False) else {}
+        whole = {}
+        if getattr(objective, "shifts_weights", False):
+            whole["counts"] = (mechanism.counted(batch) * mechanism.weights(batch)).flatten()
         self.consistent = not whole  # an interruption must not keep weights that were moved for a moment
         with torch.enable_grad(), self.net.recording(mechanism.per_sample):  # whatever the caller's mode is
             seen = objective(self.net, x, y, flat, rng=rng, **whole)
@@ -146,20 +152,20 @@ class State:
     def _recorded(self, batch: Batch, x: Tensor, y: Tensor, rng: Streams) -> tuple[Tensor, list[Tensor]]:
         """The same in parts: what depends on the step, and the pass there and back, which depends on its inputs alone."""
         net, objective, mechanism, models = self.net, self.job.recipe.objective, self.mechanism, self.models
-        # neither losses nor updates read which sample a row is, so `y` stands for `index` below
-        rows = x, objective.move(net, x, y, rng), y, mechanism.takes_part(batch).flatten()
+        moved, index = objective.move(net, x, y, rng), batch.index.flatten()
+        rows = x, moved, y, index, mechanism.takes_part(batch).flatten()
         if not mechanism.per_sample:
-            def plain(x, moved, y, valid, weights):
-                seen = objective.losses(net, x, moved, y, y)
+            def plain(x, moved, y, index, valid, weights):
+                seen = objective.losses(net, x, moved, y, index)
                 there = replace(batch, valid=valid.view(models, -1))
                 gradients = mechanism.descend(net, seen, there, weights.view(models, -1).to(seen.loss.dtype))
                 return seen.adversarial_ce.detach(), net.replays.in_place(gradients)
 
             return net.replays.play("training pass", (), net, (*rows, mechanism.weights(batch).flatten()), (), plain)
 
-        def private(x, moved, y, valid, clipped, few=None):
+        def private(x, moved, y, index, valid, clipped, few=None):
             with net.recording():
-                seen = objective.losses(net, x, moved, y, y)
+                seen = objective.losses(net, x, moved, y, index)
                 sums = mechanism.sums(net, seen, valid.view(models, -1), clipped.view(models, -1), few)
             return seen.adversarial_ce.detach(), net.replays.in_place(sums)
 
@@ -222,7 +228,7 @@ def recordable(objective, mechanism: Mechanism) -> bool:
     plain = penalty and kind.update is Mechanism.update and kind.descend is Mechanism.descend
     private = all(getattr(kind, name, None) is getattr(SelectiveDP, name) for name in ("update", "sums", "_factors"))
     for_each = any(isinstance(getattr(mechanism, f.name), (tuple, list)) for f in fields(mechanism))  # fetched from the CPU
-    return hasattr(objective, "move") and (plain or private) and not for_each
+    return in_two_parts(objective) and (plain or private) and not for_each
 
 
 def cut(arrays: dict[str, np.ndarray], rows: list[int], models: int) -> dict[str, np.ndarray]:

@@ -38,6 +38,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from demem_lab.bytecode import code_of
+
 PATIENCE = 2.0  # seconds of silent waiting for another process
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without locks answer
 
@@ -224,7 +226,8 @@ def canonical(config: Any) -> Any:
         return [type(config).__name__, config.name]
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = {f.name: canonical(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        return {"class": type(config).__name__, **fields}
+        code = code_of(type(config))  # this package's own classes are among the `modules`
+        return {"class": type(config).__name__, **({"code": code} if code else {}), **fields}
     if isinstance(config, Mapping):
         return {"mapping": sorted(([canonical(k), canonical(v)] for k, v in config.items()), key=json.dumps)}
     if isinstance(config, (list, tuple)):

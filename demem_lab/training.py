@@ -54,7 +54,7 @@ class Ensemble:
     classes: int
     steps: int
     sampling_rate: float
-    losses: np.ndarray  # [M, epochs] mean training loss
+    losses: np.ndarray  # [M, epochs] mean adversarial cross-entropy on the images of training (clean for Natural)
     trace: np.ndarray | None = None  # [M, epochs, N] cross-entropy when last drawn in that epoch, NaN when not drawn
     seconds: float = 0.0
     fresh: bool = True  # False when it came from the store

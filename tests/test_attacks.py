@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from demem_lab import attacks
+from demem_lab import attacks, losses
 from demem_lab.attacks import FGSM, NFGSM, PGD, RSFGSM
 from demem_lab.models import MLP
 from demem_lab.objectives import _Away
@@ -128,7 +128,7 @@ def test_every_restart_begins_elsewhere():
 
     x, y = torch.full((5, 1, 4, 4), 0.5), torch.zeros(5, dtype=torch.int64)
     attacks.withstands(Constant(), x, y, [PGD(0.1, 1, restarts=3)] * 2, rng=Streams((1,), "a"))
-    begun = seen[1::2]  # the images themselves, then where each restart begins and ends
+    begun = seen[2::2]  # the images themselves, for their answers and their slopes; then where each restart begins and ends
     assert len(begun) == 6 and all(not torch.equal(a, b) for i, a in enumerate(begun) for b in begun[:i])
 
 
@@ -490,7 +490,7 @@ def test_cross_entropy_laid_out_otherwise_is_torchs(rows, classes):
     assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
     for a, b in zip(torch.autograd.grad(found.sum(), logits), torch.autograd.grad(wanted.sum(), logits), strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(attacks.log_softmax(logits), logits.log_softmax(-1), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(losses.log_softmax(logits), logits.log_softmax(-1), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("chosen", "words"), [

@@ -21,6 +21,7 @@ ORDER = """
 validate
 intervals
 streams
+bytecode
 store
 data
 augment
@@ -32,6 +33,7 @@ replay
 networks
 folded
 models
+losses
 attacks
 objectives
 accounting
@@ -175,7 +177,7 @@ def test_results_are_kept_under_the_source_of_every_module_that_decides_them():
         used[name] = {m for n in froms for m in ([n.module.split(".")[1]] if "." in n.module else [a.name for a in n.names])}
     bystanders = {
         "validate",  # only refuses
-        "store", "farm", "live", "chunks", "training",  # where and when, and who looks on
+        "bytecode", "store", "farm", "live", "chunks", "training",  # where and when, and who looks on
         "accounting", "guarantees",  # what is promised, not what is trained
     }
 

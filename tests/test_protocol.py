@@ -262,7 +262,7 @@ def test_every_objective_by_name():
     attack = PGD(8 / 255, 3, 3.33 / 255)
     wanted = {
         "natural": Natural(), "pgd-at": PGDAT(attack), "trades": TRADES(attack), "awp": AWP(PGDAT(attack)),
-        "trades-awp": AWP(TRADES(attack)),
+        "trades-awp": AWP(TRADES(attack), 0.005),
     }
     assert {name: Protocol(objective=name).recipe().objective for name in wanted} == wanted
 
