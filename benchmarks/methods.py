@@ -75,7 +75,7 @@ risk scores are information about the data: `spent` is for the owner of the data
 """
 CONTEST = """## The contest: graded release against its rivals
 
-What leaks at the same robust accuracy? "found" is the true positive rate at {fpr:.0%} false positives of LiRA (each image's
+What leaks at the same robust accuracy? "found" is the true positive rate at {100 * fpr:g} % false positives of LiRA (each image's
 variance mixed with everybody's) with shadow models trained with the same treatment, by the one of clean and adversarial
 queries that finds more beyond the accused; "informed" the largest of that and of attackers who also know everybody's risk
 and, where another score decides who leaves when, that score too (both queries together; thresholds by tenth of the score; a

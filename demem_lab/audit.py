@@ -126,7 +126,7 @@ def audit(
     notes += _tied(best[-1], member, shown)
     return AuditReport(
         name=name or outputs.source, attacks=measured, utility=utility(outputs), robustness=robust_on(outputs) | robustness,
-        groups=rows, canaries={} if planted is None else canaries(best[-1], member, planted, fpr=shown[-1]),
+        groups=rows, canaries={} if planted is None else _canaries(*chosen, chosen_scores, member, planted, shown[-1]),
         guarantee=_promised(guarantee), reliable=_reliable(*chosen, chosen_scores, member, shown[-1], skipped),
         empirical=_empirical(*chosen, chosen_scores, member, delta, independent_coins, skipped),
         skipped=skipped, curves=curves,
@@ -273,6 +273,11 @@ def _two_halves(member: np.ndarray) -> np.ndarray | None:
     return half
 
 
+def _canaries(attack: str, query: str, scores, member, planted, fpr: float) -> dict:
+    """By the attack of `_groups`: the one that found most would find more canaries than non-members without any leak."""
+    return {"attack": attack, "query": query, "fpr": fpr, **canaries(scores, member, planted, fpr=fpr)}
+
+
 def _promised(guarantee: object) -> str:
     """A guarantee of ours carries its conditions; one in free words is marked as the words of whoever gave them."""
     if guarantee is None:
@@ -319,6 +324,11 @@ def _empirical(attack: str, query: str, scores, member, delta: float, coins: boo
         raise ValueError(
             f"independent_coins=True, but models {first} and {other[first]} were trained on complementary halves, so one coin "
             "decided for both; toss for every model apart, or leave independent_coins out"
+        )
+    if len(member) > 1 and np.ptp(member.sum(0)) == 0:
+        raise ValueError(
+            f"independent_coins=True, but every sample trained exactly {member[:, 0].sum()} of {len(member)} models, so the last "
+            "coin was decided by the others; toss for every model apart, or leave independent_coins out"
         )
     error = 0.05 if len(member) == 1 else 0.025
     bounds = [one_run_bound(s, m, delta=delta, confidence=1 - error) for s, m in zip(scores, member, strict=True)]

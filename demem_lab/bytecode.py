@@ -24,9 +24,12 @@ def code_of(*kinds: type) -> str:
     found: dict[str, Any] = {}
     for base in (base for kind in kinds for base in kind.__mro__ if _foreign(base)):
         for name, value in vars(base).items():
-            for part in (value.fget, value.fset) if isinstance(value, property) else (getattr(value, "__func__", value),):
+            parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (getattr(value, "__func__", value),)
+            for part in parts:
+                if part is None and len(parts) > 1:
+                    continue
                 if isinstance(part, FunctionType):
-                    _read(part, found, f"{base.__qualname__}.{name}")
+                    _read(part, found, f"{base.__qualname__}.{name} {parts.index(part)}")
                 elif _plain(part) and not name.startswith("__"):
                     found[f"{base.__qualname__}.{name}"] = repr(part)
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16] if found else ""

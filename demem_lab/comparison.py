@@ -97,11 +97,12 @@ class Comparison:
 
     def values(self, arm: str, metric: str, group: str = "all") -> np.ndarray:
         """One value a seed [S], in order of seeds; "beyond" is "leak" less "accused". KeyError names what there is."""
-        return self._by_seed(arm, metric, group).to_numpy()
+        return self.by_seed(arm, metric, group).to_numpy()
 
-    def _by_seed(self, arm: str, metric: str, group: str) -> pd.Series:
+    def by_seed(self, arm: str, metric: str, group: str) -> pd.Series:
+        """The same, indexed by seed."""
         if metric == "beyond":
-            return self._by_seed(arm, "leak", group) - self._by_seed(arm, "accused", group)
+            return self.by_seed(arm, "leak", group) - self.by_seed(arm, "accused", group)
         r = self.rows
         found = r[(r.arm == arm) & (r.metric == metric) & (r.group == group)].set_index("seed")["value"].sort_index()
         if not len(found):
@@ -132,7 +133,7 @@ class Comparison:
         return seed_interval((a - b) / b)
 
     def _paired(self, arm: str, other: str, metric: str, group: str) -> tuple[np.ndarray, np.ndarray]:
-        a, b = self._by_seed(arm, metric, group), self._by_seed(other, metric, group)
+        a, b = self.by_seed(arm, metric, group), self.by_seed(other, metric, group)
         if list(a.index) != list(b.index):
             raise ValueError(
                 f"{arm!r} has {metric!r} at seeds {list(a.index)}, {other!r} at {list(b.index)}; "

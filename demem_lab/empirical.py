@@ -78,7 +78,8 @@ def one_run_bound(
     (default: a tenth of all on either side, where most of the certainty is; the number must not be tuned on these
     scores). With v of r guesses right, (epsilon, delta) is refuted when
     P[Binomial(r, q) >= v] + 2 m delta max_i P[v > Binomial(r, q) >= v - i] / i  <=  1 - confidence,  q = 1 / (1 + exp(-epsilon))
-    (Steinke et al. 2023, theorem 5.2). Ties are broken by position. Raises ValueError for fewer than `minimum` canaries.
+    (Steinke et al. 2023, theorem 5.2). Ties are broken by lot: the order of a file may say who is a member. Raises
+    ValueError for fewer than `minimum` canaries.
     """
     scores, included = _checked(scores, included, delta, confidence)
     m = len(scores)
@@ -87,7 +88,7 @@ def one_run_bound(
     integer("guesses 'in'", high, low=0, high=m)
     integer("guesses 'out'", low, low=0, high=m - high)
     r = integer("guesses", high + low, low=1)
-    order = np.argsort(-scores, kind="stable")
+    order = np.lexsort((np.random.default_rng(0).permutation(m), -scores))
     right = int(included[order[:high]].sum()) + int((~included[order[m - low :]]).sum())
 
     def largest(v: int) -> float:

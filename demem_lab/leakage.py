@@ -12,7 +12,7 @@ judges (as Song & Mittal 2021 do), `held_out_accuracy` does not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -66,19 +66,23 @@ class Leakage:
         Targets of one ensemble share samples and serve as each other's references: the interval says how much targets
         differ, not how another draw of the data would. None for a rate that cannot be resolved is the caller's to check.
         """
-        if len(self.auc) == 1:
-            return self.interval(fpr, model=0, level=level)
-        return seed_interval(self.tpr[:, self._column(fpr)], level=level)
+        rates = self.tpr[:, self._column(fpr)]
+        if np.ptp(rates) == 0:  # also where several targets are alike by chance: that they do not differ is not certainty
+            return replace(self.interval(fpr, model=0, level=level), n=len(rates) if len(rates) > 1 else int(self.members[0]))
+        return seed_interval(rates, level=level)
 
     def precision(self, fpr: float, *, prior: float) -> float | None:
         """The share of true members among those accused, if a share `prior` of all samples asked about were members.
 
         At 1 % false positives and a prior of 1 %, an attack needs a true positive rate of 50 % to be right every other time.
-        None where the rate cannot be resolved.
+        Non-members count as `accused` has them: ties keep the threshold away from `fpr`, and guessing finds as many of the
+        members. None where the rate cannot be resolved or nobody is accused.
         """
         finite("prior", prior, low=0, high=1)
         rate = self.tpr_at(fpr)
-        accused = None if rate is None else prior * rate + (1 - prior) * fpr
+        if rate is None:
+            return None
+        accused = prior * rate + (1 - prior) * float(self.accused[:, self._column(fpr)].mean())
         return prior * rate / accused if accused else None
 
     def to_frame(self) -> pd.DataFrame:
@@ -86,7 +90,7 @@ class Leakage:
         columns = {"auc": self.auc, "balanced accuracy (optimistic)": self.balanced_accuracy, "members": self.members}
         frame = pd.DataFrame({**columns, "non-members": self.non_members})
         for f, fpr in enumerate(self.fprs):
-            frame[f"TPR at {fpr:.1%} FPR"] = self.tpr[:, f] if self.resolved[f] else pd.NA
+            frame[f"TPR at {100 * fpr:g} % FPR"] = self.tpr[:, f] if self.resolved[f] else pd.NA
         return frame
 
     def _column(self, fpr: float) -> int:

@@ -45,11 +45,17 @@ def at_matched(
     """
     means = [np.array([report.mean(c, m, g) for c in controls]) for m, g in ((keep, "all"), (metric, group))]
     names = [list(controls)[i] for i in efficient(*means)]
+    wanted = [(name, what, of) for name in (arm, *names) for what, of in ((keep, "all"), (metric, group))]
+    seeds = {(name, what): list(report.by_seed(name, what, of).index) for name, what, of in wanted}
+    for (name, what), found in seeds.items():
+        if found != seeds[arm, keep]:
+            raise ValueError(
+                f"{arm!r} has {keep!r} at seeds {seeds[arm, keep]}, {name!r} has {what!r} at {found}; a matched comparison needs "
+                "the same seeds"
+            )
     x = np.stack([report.values(name, keep) for name in names])  # [controls, seeds]
     y = np.stack([report.values(name, metric, group) for name in names])
     own = report.values(arm, keep)
-    if x.shape[1] != len(own):
-        raise ValueError(f"{arm!r} has {len(own)} seeds, the controls {x.shape[1]}; a matched comparison needs the same seeds")
     if (own < x.min(0)).any():
         return None
     order = x.argsort(0)

@@ -9,7 +9,8 @@ models. Nothing here knows how a model was trained, so anybody's outputs can be 
 
 Leave one out: the references of a target exclude the target AND its complementary twin (the model trained on exactly the
 other samples). Keeping the twin would give every member one out-reference more than it gives non-members, which is
-enough to make non-members look like members.
+enough to make non-members look like members. Where every sample trained exactly half of the models, but no model has a
+twin (the design of the public LiRA code), the models are paired anew for each sample, which does the same.
 Sources: LiRA (Carlini et al. 2022), RMIA (Zarifzadeh et al. 2024), thresholds by class (Song & Mittal 2021).
 """
 
@@ -45,8 +46,32 @@ def twins(member: np.ndarray) -> np.ndarray:
     return found
 
 
+def pairing(member: np.ndarray) -> np.ndarray | None:
+    """int [M, N]: an order of the models for each sample in which the 2k-th trained on it and the one after it did not.
+
+    Only where every sample trained exactly half of the models and nobody has a twin, else None. A member would have one
+    in-reference fewer than a non-member; leaving out one model of the other side as well makes them alike again.
+    """
+    member = np.asarray(member, dtype=bool)
+    if len(member) % 2 or (member.sum(0) * 2 != len(member)).any() or (twins(member) >= 0).any():
+        return None
+    inside, outside = (np.argsort(~who, axis=0, kind="stable")[: len(member) // 2] for who in (member, ~member))
+    return np.stack([inside, outside], 1).reshape(member.shape)
+
+
+def _in_pairs(attack, order: np.ndarray, member: np.ndarray, *signals: np.ndarray) -> np.ndarray:
+    """Scores [M, N] of an attack on rows that are ordered anew for each sample, so that they come in twins."""
+    moved = (np.take_along_axis(signal, order[None], 1) for signal in signals)
+    scores = np.empty(member.shape)
+    np.put_along_axis(scores, order, attack(*moved, np.take_along_axis(member, order, 0)), 0)
+    return scores
+
+
 def missing_references(member: np.ndarray, who: np.ndarray, side: str) -> str:
     """Why some sample lacks a reference in `who` [M, N]; empty when none does."""
+    if pairing(member) is not None:
+        member = np.arange(len(member))[:, None] % 2 == 0  # as they stand once paired
+        who = member if side == "with" else ~member
     models, other = len(member), twins(member)
     if models < 3:
         return f"they need shadow models: outputs of several models trained on known parts of the data, got {models}"
@@ -80,6 +105,11 @@ def lira(
     shadows = signal if references is None else _checked(references, member)[0]
     if shadows.shape != signal.shape:
         raise ValueError(f"references must be shaped like the signal, {list(signal.shape)}, got {list(shadows.shape)}")
+    order = pairing(member) if leave_twin_out else None
+    if order is not None:
+        return _in_pairs(
+            lambda x, z, who: lira(x, who, variance=variance, online=online, references=z), order, member, signal, shadows
+        )
     other = twins(member) if leave_twin_out else np.full(len(member), -1)
     total = np.zeros(member.shape)
     for query, shadow in zip(signal, shadows, strict=True):
@@ -122,7 +152,29 @@ def rmia(
             f"p must lie in [0, 1], got values from {signal.min():g} to {signal.max():g}; RMIA reads probabilities of the label, "
             "signals.confidence(logits, y), not logits or margins"
         )
-    other, p = twins(member), signal.mean(0)
+    if offline_a is not None:
+        finite("offline_a", offline_a, low=0, high=1)
+    order = pairing(member)
+    ratio = _ratio(signal.mean(0), member, offline_a) if order is None else _in_pairs(
+        lambda x, who: _ratio(x[0], who, offline_a), order, member, signal.mean(0, keepdims=True)
+    )
+    if population is None:
+        return ratio
+    population = np.asarray(population, dtype=bool)
+    if population.shape != ratio.shape[1:] or not population.any():
+        raise ValueError(f"the population must be bool [{ratio.shape[1]}] and not empty, got shape {list(population.shape)}")
+    # LR(x, z) = ratio(x) / ratio(z) >= gamma, counted by one sort instead of comparing all pairs; equal ratios stay equal
+    # though their references were averaged in another order
+    reach, count = (1 + ROUNDING) / max(gamma, 1e-300), np.empty(ratio.shape)
+    for r, row in zip(ratio, count, strict=True):
+        order = np.argsort(r)
+        row[order] = np.searchsorted(r[order][population[order]], reach * r[order], side="right")
+    return count / population.sum()
+
+
+def _ratio(p: np.ndarray, member: np.ndarray, offline_a: float | None) -> np.ndarray:
+    """[M, N] what each target says of each sample, over what its references say."""
+    other = twins(member)
     outside = _moments(p, ~member, other)
     if outside.count.min() < 1:
         raise ValueError("RMIA needs an out-reference for every sample and target; train at least 4 models")
@@ -135,21 +187,8 @@ def rmia(
             )
         mean = (inside.mean + outside.mean) / 2
     else:
-        finite("offline_a", offline_a, low=0, high=1)
         mean = ((1 + offline_a) * outside.mean + 1 - offline_a) / 2
-    ratio = p / np.maximum(mean, 1e-300)
-    if population is None:
-        return ratio
-    population = np.asarray(population, dtype=bool)
-    if population.shape != (p.shape[1],) or not population.any():
-        raise ValueError(f"the population must be bool [{p.shape[1]}] and not empty, got shape {list(population.shape)}")
-    # LR(x, z) = ratio(x) / ratio(z) >= gamma, counted by one sort instead of comparing all pairs; equal ratios stay equal
-    # though their references were averaged in another order
-    reach, count = (1 + ROUNDING) / max(gamma, 1e-300), np.empty(ratio.shape)
-    for r, row in zip(ratio, count, strict=True):
-        order = np.argsort(r)
-        row[order] = np.searchsorted(r[order][population[order]], reach * r[order], side="right")
-    return count / population.sum()
+    return p / np.maximum(mean, 1e-300)
 
 
 def by_class(signal: np.ndarray, y: np.ndarray, member: np.ndarray) -> np.ndarray:

@@ -20,6 +20,8 @@ from demem_lab.outputs import listed
 from demem_lab.store import write_whole
 
 FORMAT = 3
+GUESSING = {"size": 13, "color": plots.GREY, "symbol": "diamond-open", "line": {"width": 2}}
+LUCKIEST = "written by an older version, which judged them by the attack that found most, so by luck; audit the outputs again"
 OLDER = (  # why the groups of a report in format 2 are not read
     "written by an older version, whose groups showed a leak where there was none: no share accused, and risk scored on the "
     "attack's own references; audit the outputs again"
@@ -70,9 +72,9 @@ class AuditReport:
         held = entry["balanced_accuracy_held_out"]
         return (
             f"the strongest attack here ({name}, {query} queries) finds {rate['estimate']:.1%} of the members "
-            f"({rate['low']:.1%} to {rate['high']:.1%}) while it accuses {_percent(accused)} of the non-members, which is what "
-            f"guessing would find. One threshold for all, chosen on other samples, is right for {_percent(held)} of them "
-            "(members and non-members weighing the same; guessing: 50 %). "
+            f"({rate['low']:.1%} to {rate['high']:.1%}) while it accuses {_percent(accused)} of the non-members; guessing would "
+            f"find {_percent(accused)} of the members, too. One threshold for all, chosen on other samples, is right for "
+            f"{_percent(held)} of them (members and non-members weighing the same; guessing: 50 %). "
             f"It is the best of {sum(map(len, self.attacks.values()))} tried, and stronger ones may exist."
         )
 
@@ -106,9 +108,16 @@ class AuditReport:
             made[f"ROC, {query} queries"] = plots.roc_curves(chosen, title=title)
         fpr = self.headline[2]
         rows = {f"{n}, {q}": _interval(e["tpr_at_fpr"][f"{fpr:g}"]) for n, qs in self.attacks.items() for q, e in qs.items()}
-        made["attacks"] = plots.forest(
-            rows, axis=f"members found at {_percent(fpr)} false positives, %", reference=fpr,
-            title="All attacks; dotted: guessing",
+        figure = plots.forest(
+            rows, axis=f"members found at {_percent(fpr)} false positives, %", rates=True,
+            title="All attacks<br>grey: guessing, the non-members accused",
+        )
+        # not a line at the rate: each non-member is judged by the others' threshold, and ties may keep that far away
+        told = {f"{n}, {q}": e.get("accused_at_fpr", {}).get(f"{fpr:g}") for n, qs in self.attacks.items() for q, e in qs.items()}
+        made["attacks"] = figure.add_scatter(
+            x=[100 * share for share in told.values() if share is not None],
+            y=[attack for attack, share in told.items() if share is not None],
+            mode="markers", showlegend=False, marker=GUESSING, hovertemplate="%{y}: %{x:.2f} accused<extra></extra>",
         )
         for kind in dict.fromkeys(row["kind"] for row in self.groups):
             rows = [row for row in self.groups if row["kind"] == kind and row["found"] is not None]
@@ -140,6 +149,8 @@ class AuditReport:
                 content["groups"], content["skipped"]["who is found, by group"] = [], OLDER
             elif found != FORMAT:
                 raise ValueError(f"format {found!r}")
+            if content.get("canaries") and "attack" not in content["canaries"]:
+                content["canaries"], content["skipped"]["canaries"] = {}, LUCKIEST
             return cls(**content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not an audit report of this version of demem_lab ({error})") from None
@@ -196,7 +207,7 @@ def _found_by_group(rows: Sequence[Mapping], kind: str, fpr: float):
     guessed = [Interval(row["accused"], row["accused_low"], row["accused_high"], 0) for row in rows]
     return figure.add_scatter(
         x=[100 * one.mean for one in guessed], y=[row["group"] for row in rows], mode="markers", showlegend=False,
-        marker={"size": 13, "color": plots.GREY, "symbol": "diamond-open", "line": {"width": 2}},
+        marker=GUESSING,
         error_x=plots.bars(guessed) | {"color": plots.GREY},
         hovertemplate="%{y}: %{x:.1f} (+%{error_x.array:.1f} / -%{error_x.arrayminus:.1f}) accused<extra></extra>",
     )
@@ -223,7 +234,7 @@ def _section(report: AuditReport, anchor: str) -> str:
     ))
     if report.canaries:
         found = report.canaries.items()
-        shown = {what: "-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for what, v in found}
+        shown = {what: "-" if v is None else f"{v:.3f}" if isinstance(v, float) else f"{v}" for what, v in found}
         parts.append("<h3>Canaries</h3>" + pages.table(pd.DataFrame({"value": shown})))
     parts.append("<h3>Pictures</h3>")
     parts += [pages.figure(figure, f"{anchor}-{number}") for number, figure in enumerate(report.figures().values())]

@@ -199,8 +199,15 @@ def rank_correlation(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> In
 
 
 def precision_at_top(proxy: np.ndarray, score: np.ndarray, *, fraction: float, level: float = 0.95) -> Interval:
-    """How many of the top `fraction` by `proxy` are in the top `fraction` by `score`; Clopper-Pearson interval."""
-    a, b = protected_set(proxy, fraction=fraction).mask, protected_set(score, fraction=fraction).mask
+    """How many of the top `fraction` by `proxy` are in the top `fraction` by `score`; Clopper-Pearson interval.
+
+    Among equal values of `proxy` the lot decides (always the same one): by the lower index, as in `score`, scores with ties
+    would agree that have nothing in common.
+    """
+    lot = np.random.default_rng(0).permutation(len(proxy))
+    a = np.empty(len(lot), dtype=bool)
+    a[lot] = protected_set(np.asarray(proxy)[lot], fraction=fraction).mask
+    b = protected_set(score, fraction=fraction).mask
     hits, n = int((a & b).sum()), int(a.sum())
     if n == 0:
         raise ValueError(f"fraction {fraction:g} of {len(a)} samples is nobody; take a larger fraction")

@@ -80,6 +80,7 @@ class State:
         batch = self._batch(index, valid)
         if self.net.has_batch_norm and not bool(valid.any()):  # the padding is somebody's image: it must not be normalised by
             losses, gradients = torch.zeros_like(index, dtype=self.x.dtype), [torch.zeros_like(p) for p in self.net.parameters()]
+            gradients = self.mechanism.noised(gradients, batch) if self.mechanism.per_sample else gradients
         else:
             losses, gradients = self._repeatable(batch)
         while self.scaler is not None and not self.scaler.accepts(gradients):

@@ -179,8 +179,8 @@ class Recommendation:
 
     def __str__(self) -> str:
         goal = (
-            f"no group of which, at {self.fpr:.0%} false positives, more than {self.target:.1%} of the members are found beyond "
-            "its accused non-members"
+            f"no group of which, at {100 * self.fpr:g} % false positives, more than {self.target:.1%} of the members are found "
+            "beyond its accused non-members"
         )
         if self.point is None:
             return f"None of the settings tried reaches the target ({goal})."

@@ -135,7 +135,7 @@ def demem_details(plane: Plane, chosen, *, risk_threshold: float) -> str:
     table = _table(columns, {
         "clean accuracy": [chosen["accuracy"], "", ""],
         "robust accuracy (by group: of members)": [chosen[f"robust{c}"] for c in columns.values()],
-        f"members found at {plane.fpr:.0%} false positives": [chosen[f"leak{c}"] for c in columns.values()],
+        f"members found at {100 * plane.fpr:g} % false positives": [chosen[f"leak{c}"] for c in columns.values()],
     })
     return f"<p>{onion}</p>{table}"
 
@@ -153,7 +153,7 @@ def _payers(chosen: Mapping, plain: Mapping, groups: Sequence[str]) -> str:
         "clean accuracy": [chosen["accuracy"], *[""] * len(groups)],
         "robust accuracy, unseen images": [chosen.get(f"robust{n}") for n in names],
         "its change by privacy, points (share)": [lost(f"robust{n}") for n in names],
-        f"members found at {chosen['fpr']:.0%} false positives": [chosen.get(f"leak{n}") for n in names],
+        f"members found at {100 * chosen['fpr']:g} % false positives": [chosen.get(f"leak{n}") for n in names],
     })
 
 

@@ -1,6 +1,7 @@
 """Attacks against closed forms on linear models, a slow PGD, and what they must leave untouched."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -338,6 +339,65 @@ def test_autoattack_is_no_weaker_than_pgd_and_kept_for_these_weights_and_images(
         next(net.parameters()).add_(1e-3)
     with pytest.raises(ImportError):
         attacks.autoattack(net, x, y, eps=0.1, store=store)
+
+
+class Rooted(nn.Module):
+    """Its answers are finite everywhere, its slope is not where a pixel is 0."""
+
+    def forward(self, x):
+        total = x.flatten(1).sqrt().sum(1)
+        return torch.stack([total, 1 - total], 1)
+
+
+def test_where_the_slope_is_nan_one_is_told_and_nothing_breaks():
+    x, y = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(8, dtype=torch.int64)
+    x[:3, 0, 0, 0] = 0
+    with pytest.warns(UserWarning, match="3 of 8 images .* slope of NaN.*AutoAttack"):
+        attacks.robust_accuracy(Rooted(), x, y, [PGD(0.1, 2, random_start=False)])
+    moved = PGD(0.5, 2, norm="l2", random_start=False)(Rooted(), x, y)
+    assert moved.isfinite().all() and not torch.equal(moved[3:], x[3:])
+
+
+@pytest.mark.parametrize("length", [1e-3, 1e-15, 1e-25, 1e-30])
+def test_l2_steps_have_their_length_however_short_the_slope(length):
+    class Flat(nn.Module):
+        def forward(self, x):
+            return torch.stack([x.flatten(1).sum(1) * length, torch.zeros(len(x))], 1)
+
+    x, y = torch.full((2, 1, 4, 4), 0.5), torch.tensor([0, 1])
+    moved = PGD(0.4, 1, step_size=0.2, norm="l2", random_start=False)(Flat(), x, y, loss=attacks.margin)
+    assert (moved - x).flatten(1).norm(dim=1).tolist() == pytest.approx([0.2, 0.2], rel=1e-4)
+
+
+def test_autoattack_asks_for_a_radius_that_exists_and_for_this_network(store, monkeypatch):
+    class Judge:
+        def __init__(self, model, **_):
+            self.model, self.apgd_targeted, self.fab = model, SimpleNamespace(), SimpleNamespace()
+
+        def run_standard_evaluation(self, x, y, batch_size):
+            return self.model(x)[:, :1, None, None] + 0 * x, y
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.linear(x.flatten(1))
+
+    class Other(Net):
+        def forward(self, x):
+            return -self.linear(x.flatten(1))
+
+    Other.__name__ = "Net"  # their text is one, too
+    monkeypatch.setitem(sys.modules, "pyautoattack", SimpleNamespace(AutoAttack=Judge))
+    x, y, net, other = torch.rand(3, 1, 4, 4), torch.zeros(3, dtype=torch.int64), Net(), Other()
+    other.load_state_dict(net.state_dict())
+    one, two = (attacks.autoattack(n, x, y, eps=0.1, store=store) for n in (net, other))
+    assert str(net) == str(other) and not torch.allclose(one, two)
+    for eps in (-0.1, float("nan"), 8.0):
+        with pytest.raises(ValueError, match="eps must be"):
+            attacks.autoattack(net, x, y, eps=eps)
 
 
 @pytest.mark.parametrize("classes", [4, 6])

@@ -116,6 +116,14 @@ def test_only_the_order_of_scores_counts_and_more_confidence_means_less_epsilon(
     assert one_run_bound(scores, member, delta=1e-5, confidence=0.99).epsilon <= found.epsilon + 1e-9
 
 
+def test_where_a_tied_sample_stands_says_nothing():
+    """A file lists its members first; outputs that are all alike, or of two kinds, know nothing of that."""
+    member = np.arange(2000) < 1000
+    two = np.random.default_rng(0).permutation(2000) % 2
+    assert one_run_bound(np.zeros(2000), member, delta=0.0).epsilon == 0
+    assert one_run_bound(two.astype(float), member, delta=0.0).epsilon < 0.3
+
+
 @pytest.mark.parametrize("bound", [clopper_pearson_bound, one_run_bound])
 def test_constant_scores_and_luck_say_nothing(bound):
     _, member = gaussian(2000, 0, 0)

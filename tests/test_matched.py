@@ -43,6 +43,15 @@ def test_interpolated_seed_by_seed():
     assert found == seed_interval(np.array(wanted))
 
 
+def test_seeds_are_compared_by_which_they_are():
+    """As many are not the same ones."""
+    both = report(strong=STRONG, middle=MIDDLE, arm=[(0.75, 0.1)] * 3)
+    for name in ("arm", "middle"):
+        rows = both.rows.assign(seed=both.rows.seed + 3 * (both.rows.arm == name))
+        with pytest.raises(ValueError, match="needs the same seeds"):
+            at_matched(Comparison(rows, 0.01, {}), "arm", ["strong", "middle"])
+
+
 def test_a_seed_in_which_the_controls_change_places():
     strong, middle, arm = [(0.8, 0.2), (0.6, 0.2), (0.8, 0.2)], [(0.7, 0.1)] * 3, [(0.75, 0.1), (0.65, 0.1), (0.75, 0.1)]
     found = at_matched(report(strong=strong, middle=middle, arm=arm), "arm", ["strong", "middle"])

@@ -261,6 +261,43 @@ def test_per_sample_variance_knows_nothing_either(models):
     assert abs(np.mean(auc) - 0.5) < 5 * np.std(auc, ddof=1) / np.sqrt(12) + 1e-3
 
 
+def half_of_the_models(models, n, seed):
+    """The design of the public LiRA code: every sample trains exactly half of the models, and nobody has a twin."""
+    return np.random.default_rng(seed).random((models, n)).argsort(0) < models // 2
+
+
+@pytest.mark.parametrize("attack", [
+    mi.lira, lambda s, m: mi.lira(s, m, online=False), lambda s, m: mi.lira(np.stack([s, s]), m),
+    lambda s, m: mi.rmia(1 / (1 + np.exp(-s)), m),
+    lambda s, m: mi.rmia(1 / (1 + np.exp(-s)), m, population=np.ones(m.shape[1], bool)),
+])
+def test_without_twins_but_with_half_of_the_models_each_nothing_gives_nothing(attack):
+    """One in-reference fewer for members than for others is enough for an AUC of .4 with four models."""
+    aucs = []
+    for seed in range(12):
+        member = half_of_the_models(4, 1500, seed)
+        rng = np.random.default_rng(1000 + seed)
+        signal = rng.normal(0, 3, 1500) + rng.normal(0, rng.uniform(0.2, 3, 1500), member.shape)
+        aucs.append(lk.evaluate(attack(signal, member), member, fprs=(0.1,)).auc.mean())
+    assert abs(np.mean(aucs) - 0.5) < 0.01
+
+
+def test_one_model_of_the_other_side_is_left_out_for_each_sample():
+    """By loops: the target's partner, of the models with the sample in their order and those without in theirs."""
+    member = half_of_the_models(6, 40, 0)
+    signal = np.random.default_rng(1).normal(size=member.shape)
+    found = mi.lira(signal, member, variance="per_sample")
+    for m in range(6):
+        for i in range(40):
+            inside, outside = np.flatnonzero(member[:, i]), np.flatnonzero(~member[:, i])
+            own, other = (inside, outside) if member[m, i] else (outside, inside)
+            gone = {m, other[list(own).index(m)]}
+            a, b = (np.array([signal[k, i] for k in who if k not in gone]) for who in (inside, outside))
+            wanted = stats.norm.logpdf(signal[m, i], a.mean(), a.std()) - stats.norm.logpdf(signal[m, i], b.mean(), b.std())
+            assert found[m, i] == pytest.approx(wanted)
+    assert mi.pairing(member_masks(40, 6, seed=0).numpy()) is None and mi.pairing(member[:5]) is None
+
+
 def test_keeping_the_twin_would_bias_the_attack():
     auc = []
     for seed in range(12):
@@ -331,11 +368,28 @@ def test_a_subset_is_judged_by_the_global_threshold():
         assert found.tpr[m, 0] == pytest.approx((scores[m][member[m] & subset] > threshold).mean())
 
 
+def test_precision_counts_those_who_are_accused():
+    """Ties at the top keep the threshold from 10 %: a twentieth of the others is accused, or nobody."""
+    member = np.arange(400)[None] < 200
+    scores = np.where(member, (np.arange(400) % 4 == 0), (np.arange(400) % 20 == 0)).astype(float)
+    found = lk.evaluate(scores, member, fprs=(0.1,))
+    assert found.tpr_at(0.1) == 0.25 and found.precision(0.1, prior=0.5) == pytest.approx(0.25 / (0.25 + 0.05), abs=0.01)
+    tied = lk.evaluate(np.where(member, 1.0, (np.arange(400) % 2)), member, fprs=(0.1,))
+    assert tied.tpr_at(0.1) == 0 and tied.precision(0.1, prior=0.5) is None
+
+
+def test_targets_that_are_alike_are_no_certainty():
+    member = np.stack([np.arange(40) < 20, np.arange(40) >= 20])
+    found = lk.evaluate(np.zeros(member.shape), member, fprs=(0.5,)).over_targets(0.5)
+    alone = lk.evaluate(np.zeros((1, 40)), member[:1], fprs=(0.5,)).interval(0.5, model=0)
+    assert found.mean == 0 and (found.low, found.high) == (alone.low, alone.high) and found.high > 0.1
+
+
 def test_rates_that_cannot_be_resolved_are_not_shown():
     scores, member = game(4, 1000)
     found = lk.evaluate(scores, member, fprs=(0.1, 0.01, 0.001))
     assert found.resolved.tolist() == [True, True, False] and found.tpr_at(0.001) is None and found.tpr_at(0.01) is not None
-    assert found.to_frame()["TPR at 0.1% FPR"].isna().all()
+    assert found.to_frame()["TPR at 0.1 % FPR"].isna().all()
     grid, _ = lk.mean_roc(scores, member)
     assert grid.min() == pytest.approx(5 / 500)
     with pytest.raises(ValueError, match="fpr must be one of"):

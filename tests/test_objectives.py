@@ -251,6 +251,18 @@ def test_awp_looks_at_the_unprotected_only(tiny):
     assert any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(*(s.values() for s in selective), strict=True))
 
 
+def test_who_counts_next_to_nothing_hardly_moves_awps_weights(tiny):
+    """Down-weighting goes over into dropping."""
+    members = member_masks(24, 2, seed=0)
+
+    def trained(mechanism):
+        recipe = Recipe(model=MLP((6,)), objective=AWP(Natural(), 0.05), mechanism=mechanism, sampler=Poisson(4), epochs=2)
+        return train(tiny, members, recipe, seeds=(0, 1), dtype=torch.float64).parameters.values()
+
+    for a, b in zip(trained(DownWeight(FLAGS, 1e-9)), trained(Drop(FLAGS)), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
 @pytest.mark.parametrize("protected", [True, False])
 def test_what_a_protected_sample_shows_does_not_reach_awps_move(task, protected):
     net, x, y, index = task

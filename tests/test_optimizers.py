@@ -106,6 +106,15 @@ def test_all_parameters_at_once_are_the_same_step(settings):
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(one, all_, strict=True))
 
 
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: StepDecay((75, 90)), "a milestone must be .*got 75; milestones are shares of all steps"),
+    (lambda: StepDecay((0.5,), factor=-1), "factor"), (lambda: HalfFlat(50), "tail must be .*share of all steps"),
+])
+def test_schedules_take_shares_not_epochs(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
 def test_warm_up_rises_to_the_schedule():
     warm = WarmUp(HalfFlat(0.5), 0.2)
     assert [round(warm(t, 20), 3) for t in range(20)] == [0.25, 0.5, 0.75, *[1.0] * 8, *[k / 10 for k in range(9, 0, -1)]]

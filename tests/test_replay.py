@@ -6,8 +6,10 @@ whatever it does not read from there is seen. With one, real graphs are compared
 
 import weakref
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from pretend_gpu import played_again, pretend_gpu
@@ -379,6 +381,7 @@ class _Recorded:
             ))
             for _ in range(12):
                 self.state.advance()
+            self.arrays = self.state.arrays()
 
     def played(self, kind):
         return sum(play for name, play in self.kinds if name == kind)
@@ -403,6 +406,36 @@ def test_whose_training_pass_is_recorded(name, monkeypatch):
 def test_whose_is_not(mechanism, monkeypatch):
     found = _Recorded(MLP((6,)), mechanism, (1, 8, 8), monkeypatch, models=2)
     assert found.played("attack") > 6 and found.played("training pass") == 0
+
+
+@dataclass(frozen=True)
+class Weighted(PGDAT):
+    """Every sample has a weight of its own."""
+
+    def losses(self, net, x, x_adv, y, index):
+        seen = super().losses(net, x, x_adv, y, index)
+        return replace(seen, loss=seen.loss * (1 + index))
+
+
+@dataclass(frozen=True)
+class CleanOnly(PGDAT):
+    """What `__call__` does is not what `move` and `losses` do."""
+
+    def __call__(self, net, x, y, index, *, rng, counts=None):
+        return self.losses(net, x, x, y, index)
+
+
+@pytest.mark.parametrize("mechanism", [Plain(), SelectiveDP(0.0, 1.0, TENTH)])
+@pytest.mark.parametrize("objective", [Weighted(PGD(0.1, 2)), CleanOnly(PGD(0.1, 2))])
+def test_an_objective_of_ones_own_does_on_a_card_what_it_does_elsewhere(objective, mechanism, monkeypatch):
+    found = _Recorded(MLP((6,)), mechanism, (1, 8, 8), monkeypatch, objective=objective)
+    job = replace(found.state.job, device=torch.device("cpu"))
+    wanted = State(job)
+    for _ in range(12):
+        wanted.advance()
+    for name, array in wanted.arrays().items():
+        assert np.allclose(found.arrays[name], array, rtol=1e-4, atol=1e-5), name
+    assert bool(found.played("training pass")) == isinstance(objective, Weighted)
 
 
 def test_an_objective_that_moves_weights_is_not_recorded(monkeypatch):

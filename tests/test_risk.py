@@ -139,6 +139,13 @@ def test_precision_at_the_top():
     assert (found.low, found.high) == pytest.approx((stats.beta.ppf(0.025, 8, 3), stats.beta.ppf(0.975, 9, 2)))
 
 
+def test_scores_with_ties_agree_no_more_than_they_do():
+    """Of two lists of zeros and ones that have nothing in common: a tenth of one is a tenth of the other."""
+    rng = np.random.default_rng(0)
+    found = [risk.precision_at_top(*(rng.random((2, 400)) < 0.3).astype(float), fraction=0.1).mean for _ in range(60)]
+    assert abs(np.mean(found) - 0.1) < 0.03
+
+
 ONE = np.ones((2, 3), dtype=bool)
 
 

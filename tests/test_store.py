@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 
 from demem_lab import doctor
 from demem_lab import store as module
+from demem_lab.bytecode import code_of
+from demem_lab.mechanisms import Drop, SelectiveDP
 from demem_lab.store import Store, StoreError, StoreWarning, canonical, code_version
 
 
@@ -431,3 +433,59 @@ def test_whoever_waits_for_another_process_is_told_once(store, monkeypatch, caps
     assert store.compute("k", 1, lambda: {"x": np.zeros(1)}).fresh
     other.join()
     assert capsys.readouterr().out == f"somebody else computes this; waiting ({place}.lock)\n"
+
+
+BODY = """
+from dataclasses import dataclass
+FACTOR = 1.0
+
+def helper(x):
+    return x * 2
+
+@dataclass(frozen=True)
+class Mine:
+    weight: float = 1.0
+    scale = 3
+
+    def __call__(self, x):
+        return helper(x) * FACTOR + [v for v in (1, 2)][0]
+
+    @property
+    def size(self):
+        return 1
+"""
+
+
+def made(body):
+    """The class of that source, as a notebook's cell would make it."""
+    space = {"__name__": "__main__"}
+    exec(compile(body, "<cell>", "exec"), space)
+    return space["Mine"]
+
+
+def test_an_edited_class_asks_for_other_results(store):
+    key = store.key("k", made(BODY)())
+    assert key == store.key("k", made("\n\n# moved, and with a comment\n" + BODY)())
+    for old, new in (("x * 2", "x * 3"), ("FACTOR = 1.0", "FACTOR = 2.0"), ("+ [v", "- [v"), ("scale = 3", "scale = 4"),
+                     ("(1, 2)", "(1, 3)"), ("return 1", "return 2"), ("weight: float = 1.0", "weight: float = 2.0")):
+        assert BODY.count(old) == 1 and key != store.key("k", made(BODY.replace(old, new))()), old
+    assert code_of(Drop, SelectiveDP, torch.nn.Linear) == ""  # known by the version of what they come from
+    assert "code" not in canonical(Drop(np.ones(2, dtype=bool)))
+
+
+def test_the_digest_of_a_class_is_the_same_in_every_process():
+    """Sets of text are in another order in each."""
+    script = f"""
+import sys
+body = {BODY.replace("(1, 2)", "({'a', 'b', 'c'} and 'c' in {'a', 'b', 'c', 'd'}, 2)")!r}
+space = {{"__name__": "__main__"}}
+exec(body, space)
+from demem_lab.bytecode import code_of
+print(code_of(space["Mine"]))
+"""
+    found = {
+        subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": str(seed)}, check=True,
+                       capture_output=True, text=True).stdout
+        for seed in range(3)
+    }
+    assert len(found) == 1 and len(found.pop().strip()) == 16

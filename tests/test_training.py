@@ -278,8 +278,9 @@ def test_convolutional_models_train_with_every_kind_of_mechanism(digits, spec):
 
 def normed(norm, members, seeds, *, change=False, mechanism=None, **how):
     x = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    if change:  # of samples that are nobody's members
-        x = torch.where(members.any(0)[:, None, None, None], x, 1 - x)
+    if change is not False:  # of samples that are nobody's members, or of those
+        same = members.any(0) if change is True else ~change
+        x = torch.where(same[:, None, None, None], x, 1 - x)
     images = data.Dataset("made", x, torch.arange(20) % 4, tuple("abcd"), "made", 0.1)
     settings = Recipe(
         model=ResNet18(width=4, norm=norm), mechanism=mechanism or Plain(), sampler=Shuffled(6), epochs=2, optimizer=SGD(lr=0.1),
@@ -292,6 +293,15 @@ def test_who_is_no_member_is_not_even_seen(norm):
     ten = torch.arange(20)[None] < 10  # the second batch of an epoch has room for two more
     one, other = (normed(norm, ten, (1,), change=change) for change in (False, True))
     assert one.steps == 4 and distance(one, other) == 0
+
+
+def test_a_batch_of_nobody_moves_no_statistics():
+    """The second model of an uneven design sees its members in every other batch; the rest hold padding only."""
+    members = torch.stack([torch.arange(20) < n for n in (20, 6)])
+    runs = [normed("batch", members, (1, 2), change=change) for change in (False, ~members[1])]
+    assert runs[0].steps == 4
+    for name in runs[0].parameters:
+        assert torch.equal(*(run.parameters[name][1] for run in runs)), name
 
 
 @pytest.mark.parametrize(("mechanism", "members"), [
