@@ -76,12 +76,14 @@ def check_tpr_at_fpr() -> Iterator[Case]:
     rng = np.random.default_rng(2)
     member = rng.permutation(np.arange(300) < 100)
     smooth = rng.normal(member * 1.0, 1.0)
-    few = np.array([True, True, False, False, False])
+    few = np.array([True, True, True, False, False, False])  # 0.3 lies below an interpolated threshold and above the next score
     cases = {"distinct scores": (smooth, member), "scores with ties": (smooth.round(), member),
-             "3 non-members": (np.array([0.8, 1.0, 0.1, 0.2, 0.9]), few)}
+             "3 non-members": (np.array([0.8, 1.0, 0.3, 0.1, 0.2, 0.9]), few)}
     for fpr in (0.1, 0.01, 0.25, 0.0, 1.0):  # at 0.1 a share of everybody is more than one score away
         for name, (scores, who) in cases.items():
             yield case(f"{name}, fpr = {fpr}", scores, who, fpr)
+    lowest = np.array([0.0, 1.0, 2.0]), np.array([True, False, True])
+    yield case("a member below the only non-member, fpr = 1.0", *lowest, 1.0, hint="with fpr = 1 everybody may be accused")
 
 
 @_exercise(
@@ -220,7 +222,7 @@ def check_cost() -> Iterator[Case]:
 def check_finest() -> Iterator[Case]:
     """From few non-members to the authors' 30,000."""
     rates = (0.1, 0.05, 0.01, 0.001)
-    for count in (600, 100, 50, 5_000, 30_000):
+    for count in (600, 100, 50, 5_000, 30_000, 460):  # 460 at 1 % are 4.6, and not five
         yield case(f"{count} non-members, rates {rates}", count, rates)
 
 

@@ -43,15 +43,19 @@ def _in_l2(z, x, eps):
     return (x + offset * (eps / norm).clamp(max=1)).clamp(0, 1)
 
 
-def _above(pool=lambda s, m: s[~m], share=lambda s, m: s[~m], strictly=True, off=0) -> Callable:
+def _above(
+    pool=lambda s, m: s[~m], share=lambda s, m: s[~m], strictly=True, off=0, whole=lambda k: int(k + 1e-9), last=None
+) -> Callable:
     """A true positive rate whose threshold is read from `pool`, `off` places from as many false positives as `share` allows."""
 
     def f(scores, member, fpr):
         outside = np.sort(pool(scores, member))[::-1]
-        k = int(fpr * len(share(scores, member)) + 1e-9)
+        k = whole(fpr * len(share(scores, member)))
         k += off if k < len(outside) else 0
         if k >= len(outside):
-            return 1.0
+            if last is None:
+                return 1.0
+            k = last
         return ((scores[member] > outside[k]) if strictly else (scores[member] >= outside[k])).mean()
 
     return f
@@ -105,9 +109,13 @@ def _balanced(cut, s, m, reached=np.greater_equal):
     return (reached(s[m], cut).mean() + (~reached(s[~m], cut)).mean()) / 2
 
 
-def _best_cut(s, m, order=-1, reached=np.greater_equal):
+def _best_cut(s, m, order=-1, reached=np.greater_equal, accuracy=_balanced):
     cuts = np.unique(s)[::order]
-    return cuts[np.argmax([_balanced(cut, s, m, reached) for cut in cuts])]
+    return cuts[np.argmax([accuracy(cut, s, m, reached) for cut in cuts])]
+
+
+def _plain(cut, s, m, reached=np.greater_equal):
+    return (reached(s, cut) == m).mean()
 
 
 MISTAKES: dict[str, dict[str, Callable]] = {
@@ -115,6 +123,7 @@ MISTAKES: dict[str, dict[str, Callable]] = {
         "take the gap of each model first, then average: this pools all models": lambda r, m: r[m].mean() - r[~m].mean(),
         "the sign is turned, it is members minus non-members": lambda r, m: -solutions.gap(r, m),
         "this is one gap a model, average them": lambda r, m: [a[b].mean() - a[~b].mean() for a, b in zip(r, m, strict=True)],
+        "a gap is a difference of fractions, between -1 and 1, not per cent": lambda r, m: 100 * solutions.gap(r, m),
         "divide by the number of members, and of non-members, not by all images":
             lambda r, m: ((r & m).mean(1) - (r & ~m).mean(1)).mean(),
     },
@@ -161,6 +170,10 @@ MISTAKES: dict[str, dict[str, Callable]] = {
         "with >= too many come in, count scores strictly above the threshold": _above(strictly=False),
         "members leak into the threshold: it comes from the non-members alone": _above(lambda s, m: s, lambda s, m: s),
         "this threshold comes from the members, it belongs to the others": _above(lambda s, m: s[m], lambda s, m: s[m]),
+        "with fpr = 1 everybody may be accused, also a member below all non-members: return 1.0": _above(last=-1),
+        "allowed mistakes are whole ones, rounded DOWN: ceil() lets one too many pass":
+            _above(whole=lambda k: math.ceil(k - 1e-9)),
+        "allowed mistakes are whole ones, rounded DOWN: round() may let one too many pass": _above(whole=round),
         "an interpolated quantile may let more than fpr of the non-members pass, count them":
             lambda s, m, q: 1.0 if q == 1 else (s[m] > np.quantile(s[~m], 1 - q)).mean(),
         "fpr is a share of the non-members, not of everybody": _above(share=lambda s, m: s),
@@ -232,6 +245,8 @@ MISTAKES: dict[str, dict[str, Callable]] = {
             lambda net, x, y, eps, noise: ((x + noise).clamp(0, 1) + eps * _slope(net, x, y).sign()).clamp(0, 1),
         "clamp x + noise to [0, 1] before the gradient, too: the network is promised pixels":
             lambda net, x, y, eps, noise: (x + noise + eps * _slope(net, x + noise, y).sign()).clamp(0, 1),
+        "the step starts where the gradient was taken, at the CLAMPED x + noise":
+            lambda net, x, y, eps, noise: (x + noise + eps * _slope(net, (x + noise).clamp(0, 1), y).sign()).clamp(0, 1),
         "pixels live in [0, 1], clamp to [0, 1] at the end, too":
             lambda net, x, y, eps, noise: (z := (x + noise).clamp(0, 1)) + eps * _slope(net, z, y).sign(),
         "the noise is the start, not an addition to the clean image's step":
@@ -253,7 +268,9 @@ MISTAKES: dict[str, dict[str, Callable]] = {
             lambda s, m, new, who: _balanced(_best_cut(new, who), new, who),
         "this judges the scores the threshold was chosen on": lambda s, m, new, who: _balanced(_best_cut(s, m), s, m),
         "members and non-members count equally: average the two rates, not the samples":
-            lambda s, m, new, who: ((new >= _best_cut(s, m)) == who).mean(),
+            lambda s, m, new, who: _plain(_best_cut(s, m), new, who),
+        "the best threshold is the one with the best BALANCED accuracy, not with the most right answers":
+            lambda s, m, new, who: _balanced(_best_cut(s, m, accuracy=_plain), new, who),
         "the threshold is one of the scores, and whoever reaches it counts as a member: score >= threshold":
             lambda s, m, new, who: _balanced(_best_cut(s, m, reached=np.greater), new, who, np.greater),
         "of equally good thresholds the highest": lambda s, m, new, who: _balanced(_best_cut(s, m, order=1), new, who),
@@ -268,6 +285,8 @@ MISTAKES: dict[str, dict[str, Callable]] = {
     "finest": {
         "one false positive is an anecdote, ask for five": lambda n, rates: min(r for r in rates if r * n >= 1),
         "the smallest rate that has enough, not the largest": lambda n, rates: max(r for r in rates if r * n >= 5),
+        "4.6 false positives are not five, do not round before you compare":
+            lambda n, rates: min(r for r in rates if round(r * n) >= 5),
         "five are enough: >=, not >": lambda n, rates: min((r for r in rates if r * n > 5), default=1.0),
         "a rate without false positives shows nothing": lambda n, rates: min(rates),
     },

@@ -113,7 +113,7 @@ def demem_view(
         rows=4, cols=2, row_heights=[0.47, 0.11, 0.21, 0.21], column_widths=[0.46, 0.54], vertical_spacing=0.08,
         horizontal_spacing=0.14,  # the empty row is for the legend
         specs=[[{}, {}], [None, None], [{}, {"rowspan": 2, "secondary_y": True}], [{}, None]],
-        subplot_titles=("who leaks: members found, %", "what it costs: all arms and points",
+        subplot_titles=("how much leaks: members found, %", "what it costs: all arms and points",
                         "protected: the riskiest last", "live training",
                         "next layer: unprotected, riskiest first"),
     )

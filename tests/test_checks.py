@@ -115,6 +115,21 @@ def tpr_at(place):
     return f
 
 
+def tpr_with_a_last_place(scores, member, fpr):
+    outside = np.sort(scores[~member])[::-1]
+    return (scores[member] > outside[min(int(fpr * len(outside) + 1e-9), len(outside) - 1)]).mean()
+
+
+def tpr_by_ceil(scores, member, fpr):
+    outside = np.sort(scores[~member])[::-1]
+    k = math.ceil(fpr * len(outside))
+    return 1.0 if k >= len(outside) else (scores[member] > outside[k]).mean()
+
+
+def tpr_interpolated(scores, member, fpr):
+    return 1.0 if fpr == 1 else (scores[member] > np.quantile(scores[~member], 1 - fpr)).mean()
+
+
 def tpr_by_quantile(scores, member, fpr):
     return 1.0 if fpr == 1 else (scores[member] > np.quantile(scores[~member], 1 - fpr, method="higher")).mean()
 
@@ -129,6 +144,11 @@ def held_out_by(cuts_of, called):
         return accuracy(best, new_scores, new_member)
 
     return f
+
+
+def held_out_by_plain_accuracy(scores, member, new_scores, new_member):
+    best = max(scores, key=lambda cut: (((scores >= cut) == member).mean(), cut))
+    return ((new_scores[new_member] >= best).mean() + (new_scores[~new_member] < best).mean()) / 2
 
 
 def between(scores):
@@ -175,6 +195,12 @@ def n_fgsm_unclamped(net, x, y, eps, noise):
     return z.detach() + eps * slope.sign()
 
 
+def n_fgsm_from_outside(net, x, y, eps, noise):
+    z = (x + noise).clamp(0, 1).requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(net(z), y, reduction="sum"), z)
+    return (x + noise + eps * slope.sign()).clamp(0, 1)
+
+
 def log_ratio_by_variance(v, a, b):
     return stats.norm.logpdf(v, a.mean(), a.var()) - stats.norm.logpdf(v, b.mean(), b.var())
 
@@ -211,12 +237,16 @@ RIGHT = [
 # wrong answers beyond the planted ones, with a word of the hint they must earn
 WRONG = [
     (checks.check_gap, lambda r, m: 0.0, "each model first"),
+    (checks.check_gap, lambda r, m: 100 * np.mean([a[b].mean() - a[~b].mean() for a, b in zip(r, m, strict=True)]), "per cent"),
     (checks.check_fgsm, lambda net, x, y, eps: (x + 0.9 * eps).clamp(0, 1), "SIGN"),
     (checks.check_robust, lambda c, a: robust(c, a) * 0.99, "AND after every attack"),
     (checks.check_tpr_at_fpr, lambda s, m, fpr: 0.5, "non-members alone"),
     (checks.check_tpr_at_fpr, tpr_at(lambda k: k + 1), "outside[k + 1]"),
     (checks.check_tpr_at_fpr, tpr_at(lambda k: k - 1), "outside[k - 1]"),
     (checks.check_tpr_at_fpr, tpr_by_quantile, "outside[k - 1]"),
+    (checks.check_tpr_at_fpr, tpr_with_a_last_place, "return 1.0"),
+    (checks.check_tpr_at_fpr, tpr_by_ceil, "ceil()"),
+    (checks.check_tpr_at_fpr, tpr_interpolated, "interpolated quantile"),
     (checks.check_lira, log_ratio_by_variance, "takes the standard deviation"),
     (checks.check_shadow_split, lambda m, t, i: np.stack(shadow_split(m, t, i)) * 0, "the other half"),
     (checks.check_shadow_split, parts(shadow_split), "two bool masks with one entry a model"),
@@ -249,9 +279,12 @@ WRONG = [
     (checks.check_until, until_by("dense"), "ties by index"),
     (checks.check_until, until_by("ordinal", lambda rank, power: rank**power), "1 minus"),
     (checks.check_n_fgsm, n_fgsm_unclamped, "clamp to [0, 1] at the end"),
+    (checks.check_n_fgsm, n_fgsm_from_outside, "CLAMPED"),
+    (checks.check_held_out, held_out_by_plain_accuracy, "best BALANCED accuracy"),
     (checks.check_held_out, held_out_by(np.unique, np.greater), "score >= threshold"),
     (checks.check_held_out, held_out_by(between, np.greater_equal), "one of the scores"),
     (checks.check_finest, lambda n, rates: 0.05, "count alarms"),
+    (checks.check_finest, lambda n, rates: min(r for r in rates if round(r * n) >= 5), "do not round"),
 ]
 
 

@@ -98,8 +98,10 @@ def test_the_lines_say_what_is_used_and_what_is_kept(lab, monkeypatch):
     lab.store.put("tables", {"data": lab.dataset.fingerprint}, {"x": [1.0]})
     lab.store.put("tables", {"data": "other"}, {"x": [1.0]})
     first, second = status(lab, "05").splitlines()
-    said = r"05: about .* on this machine the first time \(the notebooks before it have run\), about 25 seconds when its .* kept"
-    assert re.fullmatch(said, first)
+    said = r"as busy as it is now \(if the notebooks before it have run\)"
+    assert re.fullmatch(rf"05: about .* on this machine, {said}, about 25 seconds when kept", first)
+    alone = status(lab, "00").splitlines()[0]  # nothing comes before it
+    assert ", as busy as it is now, about 15 seconds when kept" in alone and "before" not in alone
     assert "2 seeds x 4 models on 300 images of digits; CPU, " in second and "; 1 result of these images kept" in second
     assert "about" not in status(lab, "99") and "about" not in status(lab)  # not measured, so nothing is said
     monkeypatch.setattr(estimate, "step_seconds", lambda lab: 0.0)
