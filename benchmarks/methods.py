@@ -83,8 +83,8 @@ logistic regression on all of it, fitted on the shadow models). "at risk" is the
 the tenth that is riskiest under the treatment. "matched" is found (or informed) minus that of the untreated method, weakened
 by fewer epochs or weight decay to the same robust accuracy: negative is better than the weakenings tried. The controls, in
 brackets, are judged by the other controls: what is called better there is how much a finer grid of them would still find. The
-frontier's points are chosen on means over the same seeds. All in per cent with 95 % t-intervals over seeds; with so many rows some interval misses
-the truth, so read patterns. Seeds share the images, and each takes its risk scores from the others. "robust" is the worst
+frontier's points are chosen on means over the same seeds. All in per cent with 95 % t-intervals over seeds; with so many rows
+some interval misses the truth, so read patterns. Seeds share the images, and each takes its risk scores from the others. "robust" is the worst
 case of PGD-10 on the cross-entropy and on the margin. `benchmarks/contest.py` makes the files.
 
 The names of the arms: "release k=4" lets a sample take part in the fraction 1 - r^4 of training, r its rank by risk from 0 to
