@@ -153,9 +153,7 @@ def _trained(
     for number, point in enumerate(points):
         part = run.part(slice(number * models, (number + 1) * models))
         found = measure(part, {"high risk": top, "rest": ~top}, fpr=fpr)
-        promised = recipe.mechanism.guarantee(
-            sampling_rate=run.sampling_rate, steps=run.steps, delta=lab.delta, n=lab.dataset.n, model=number * models
-        )
+        promised = part.guarantee
         rows.append({
             "noise_multiplier": point.noise_multiplier, "fraction": point.fraction,
             "risk_threshold": point.who.risk_threshold, "protected": int(point.who.mask.sum()), "lr": point.lr,
