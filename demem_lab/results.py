@@ -116,6 +116,8 @@ class Results:
             raw = json.loads(Path(path).read_text())
             found = cls(**{f.name: raw[f.name] for f in fields(cls)})
             values = [v for arm in found.arms.values() for column in arm.values() for v in column]
+            if not found.arms or not all(found.arms.values()):
+                raise TypeError("it holds no arms, or one without measures")
             if not all(isinstance(v, (int, float)) for v in values) or set(found.arms) != set(found.guarantees):
                 raise TypeError("an arm lacks numbers or its guarantee")
             if not isinstance(found.protocol, dict) or not isinstance(found.provenance, dict):

@@ -195,6 +195,7 @@ def whole(**changes):
 @pytest.mark.parametrize("content", [
     "not json", "{}", json.dumps({"arms": {}}), "[]", whole()[:40], whole()[:40] + "\x00\xff", whole(arms=[1]), whole(protocol=1),
     whole(arms={"none": {"AUC": 0.5}}), whole(arms={"none": {"AUC": ["0.5"]}}), whole(guarantees={}),
+    whole(arms={}, guarantees={}), whole(arms={"none": {}}),
 ])
 def test_another_file_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content.encode("latin-1"))
