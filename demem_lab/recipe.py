@@ -6,9 +6,10 @@ Poisson(batch_size=50)
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from demem_lab.augment import CropFlip
 from demem_lab.data import Dataset, Deposited
 from demem_lab.mechanisms import Mechanism, Plain
 from demem_lab.models import MLP, Spec
-from demem_lab.objectives import Natural, Objective
+from demem_lab.objectives import Natural, Objective, PerSample
 from demem_lab.optimizers import SGD, AdamW, HalfFlat, Schedule
 from demem_lab.precision import Precision
 from demem_lab.sampling import Poisson, Sampler
@@ -48,6 +49,11 @@ class Recipe:
         instance("model", self.model, having="build", example="MLP()")
         instance("objective", self.objective, having="__call__", example="PGDAT(PGD(eps=0.1))")
         instance("mechanism", self.mechanism, Mechanism, example="Plain()")
+        for name, part in (("objective", self.objective), ("mechanism", self.mechanism)):
+            if not is_dataclass(part):
+                fix = f"write @dataclass(frozen=True) above class {type(part).__name__}"
+                raise ValueError(f"{name} must be a dataclass, under whose fields results are kept, got {shown(part)}; {fix}")
+        _check_called(self.objective)
         instance("optimizer", self.optimizer, having="for_models", example="SGD()")
         instance("sampler", self.sampler, having="batch_size", example="Poisson(50)")
         instance("schedule", self.schedule, having="__call__", example="HalfFlat()")
@@ -63,6 +69,28 @@ class Recipe:
         Privacy noise is measured for one row's gradient: where rows mix, one sample moves those of others as well.
         """
         return all(getattr(part, "row_by_row", False) for part in (self.objective, self.augment) if part is not None)
+
+
+def _check_called(objective: Objective) -> None:
+    """ValueError unless an objective takes what it is given in training."""
+    given = {"rng": None, **({"counts": None} if getattr(objective, "shifts_weights", False) else {})}
+    try:
+        inspect.signature(objective).bind(None, None, None, None, **given)
+    except TypeError as error:
+        name, called = type(objective).__name__, "(net, x, y, index, *, rng, counts)"
+        raise ValueError(f"objective is called with {called}, and {name} does not take that: {error}") from None
+
+
+def check_losses(objective: Objective, seen: PerSample, rows: int) -> None:
+    """ValueError unless an objective answered with a `PerSample` of one loss for each of the rows."""
+    name = type(objective).__name__
+    if not isinstance(seen, PerSample):
+        raise ValueError(f"the objective {name} must return a PerSample, got {shown(seen)}; demem_lab.objectives has examples")
+    for what in ("loss", "adversarial_ce"):
+        shape = list(getattr(getattr(seen, what), "shape", ["no tensor"]))
+        if shape != [rows]:
+            fix = "give one number a row, and no mean"
+            raise ValueError(f"{what} of the objective {name} must have shape [M*B] = [{rows}], got {shape}; {fix}")
 
 
 @dataclass(frozen=True)
