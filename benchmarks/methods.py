@@ -75,7 +75,7 @@ risk scores are information about the data: `spent` is for the owner of the data
 """
 CONTEST = """## The contest: graded release against its rivals
 
-What leaks at the same robust accuracy? "found" is the true positive rate at {100 * fpr:g} % false positives of LiRA (each image's
+What leaks at the same robust accuracy? "found" is the true positive rate at {fpr:g} % false positives of LiRA (each image's
 variance mixed with everybody's) with shadow models trained with the same treatment, by the one of clean and adversarial
 queries that finds more beyond the accused; "informed" the largest of that and of attackers who also know everybody's risk
 and, where another score decides who leaves when, that score too (both queries together; thresholds by tenth of the score; a
@@ -84,8 +84,8 @@ the tenth that is riskiest under the treatment. "matched" is found (or informed)
 by fewer epochs or weight decay to the same robust accuracy: negative is better than the weakenings tried. The controls, in
 brackets, are judged by the other controls: what is called better there is how much a finer grid of them would still find. The
 frontier's points are chosen on means over the same seeds. All in per cent with 95 % t-intervals over seeds; with so many rows
-some interval misses the truth, so read patterns. Seeds share the images, and each takes its risk scores from the others. "robust" is the worst
-case of PGD-10 on the cross-entropy and on the margin. `benchmarks/contest.py` makes the files.
+some interval misses the truth, so read patterns. Seeds share the images, and each takes its risk scores from the others.
+"robust" is the worst case of PGD-10 on the cross-entropy and on the margin. `benchmarks/contest.py` makes the files.
 
 The names of the arms: "release k=4" lets a sample take part in the fraction 1 - r^4 of training, r its rank by risk from 0 to
 1 (k is notebook 05's `r**k`, and 06 calls it `power`). "cheap score": ranked by the early losses of ONE model, not by the

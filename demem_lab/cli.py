@@ -116,6 +116,8 @@ def report_command(
             _stop(f"{label}: auditing takes more memory than there is; bring fewer samples or models")
         reports.append(made)
         print(f"{name}: {made.summary()}")
+        if made.empirical:
+            print(f"  {made.empirical['text']}")
         for text in made.warnings:
             print(f"  note: {text}")
         for what, why in made.skipped.items():

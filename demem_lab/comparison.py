@@ -96,13 +96,22 @@ class Comparison:
         return list(dict.fromkeys(self.rows["arm"]))
 
     def values(self, arm: str, metric: str, group: str = "all") -> np.ndarray:
-        """One value a seed [S], in order of seeds; "beyond" is "leak" less "accused". KeyError names what there is."""
+        """One value a seed [S], in order of seeds; "beyond" is "leak" less "accused". KeyError names what there is.
+
+        ValueError where a seed has one of these two and not the other.
+        """
         return self.by_seed(arm, metric, group).to_numpy()
 
     def by_seed(self, arm: str, metric: str, group: str) -> pd.Series:
         """The same, indexed by seed."""
         if metric == "beyond":
-            return self.by_seed(arm, "leak", group) - self.by_seed(arm, "accused", group)
+            leak, accused = (self.by_seed(arm, part, group) for part in ("leak", "accused"))
+            if list(leak.index) != list(accused.index):
+                raise ValueError(
+                    f"{arm!r} has 'leak' of group {group!r} at seeds {list(leak.index)}, 'accused' at {list(accused.index)}, "
+                    "where all models have non-members in it; 'beyond' needs both, so take larger groups"
+                )
+            return leak - accused
         r = self.rows
         found = r[(r.arm == arm) & (r.metric == metric) & (r.group == group)].set_index("seed")["value"].sort_index()
         if not len(found):
@@ -180,10 +189,18 @@ def compare(
 
 
 def merge(*reports: Comparison) -> Comparison:
-    """One report of several; they must share the false positive rate."""
+    """One report of several; ValueError unless they share the false positive rate and agree where they measured the same."""
     if len({r.fpr for r in reports}) != 1:
         raise ValueError(f"reports at different false positive rates cannot be merged: {[r.fpr for r in reports]}")
-    rows = pd.concat([r.rows for r in reports]).drop_duplicates(["arm", "seed", "group", "metric"])
+    rows, place = pd.concat([r.rows for r in reports]).drop_duplicates(), ["arm", "seed", "group", "metric"]
+    twice = rows[rows.duplicated(place, keep=False)]
+    if len(twice):
+        arm, seed, group, metric = twice.iloc[0][place]
+        both = " and ".join(f"{value:.4g}" for value in twice[(twice[place] == twice.iloc[0][place]).all(axis=1)]["value"])
+        raise ValueError(
+            f"the reports do not agree: {metric!r} of group {group!r} for arm {arm!r} at seed {seed} is {both}; give "
+            "arms that were trained or grouped differently names of their own"
+        )
     return Comparison(rows, reports[0].fpr, {arm: text for r in reports for arm, text in r.guarantees.items()})
 
 

@@ -31,7 +31,7 @@ from demem_lab.validate import choice, finite, images, integer, labels, shown
 class Dataset:
     """Images x float32 [N, C, H, W] in [0, 1], labels y int64 [N], and what is usual for them.
 
-    Raises ValueError for pixels outside [0, 1] or NaN, wrong shapes, labels out of range, or fewer than two classes.
+    Raises ValueError for pixels outside [0, 1] or NaN, wrong shapes, labels or eps out of range, or fewer than two classes.
     """
 
     name: str
@@ -50,6 +50,9 @@ class Dataset:
         images(self.x)
         if self.x.dtype != torch.float32:
             raise ValueError(f"images must be float32, got {self.x.dtype}; convert with .float()")
+        if not isinstance(self.classes, (tuple, list)):
+            raise ValueError(f"classes must be a tuple of names, such as ('cat', 'dog'), got {shown(self.classes)}")
+        finite("eps", self.eps, low=0, high=1, fix="it is the usual attack radius in pixel units of [0, 1], for instance 8/255")
         labels(self.y, n=len(self.x), classes=len(self.classes))
         present = len(self.y.unique())
         if present < 2:

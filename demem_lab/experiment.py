@@ -31,13 +31,14 @@ from demem_lab.mechanisms import DPSGD, Mechanism, Plain
 from demem_lab.models import MLP, Spec, by_name
 from demem_lab.objectives import PGDAT, Objective
 from demem_lab.optimizers import SGD
+from demem_lab.recipe import has_batch_norm, joined
 from demem_lab.sampling import Poisson
 from demem_lab.signals import confidence
 from demem_lab.store import Store
 from demem_lab.streams import key, model_seeds
-from demem_lab.tables import Run
+from demem_lab.tables import Run, weakest
 from demem_lab.training import Recipe
-from demem_lab.validate import choice, integer
+from demem_lab.validate import choice, finite, instance, integer
 
 Flags = torch.Tensor  # bool [N]
 PLAIN_RATES = (0.03, 0.1, 0.3)
@@ -71,8 +72,17 @@ class Experiment:
         integer("models", self.models, low=4, fix="leave-one-out attacks need references on both sides")
         if self.models % 2:
             raise ValueError(f"models must be even, because members come in complementary halves, got {self.models}")
+        for name in ("tuning_models", "batch_size", "attack_steps", "query_steps"):
+            integer(name, getattr(self, name), low=1)
+        if not isinstance(self.seeds, (tuple, list)):
+            raise ValueError(f"seeds must be a tuple of whole numbers, such as (0, 1, 2), got {self.seeds!r}")
+        for seed in (*self.seeds, self.tuning_seed):
+            integer("a seed", seed)
+        instance("store", self.store, Store, example="Store('runs/store')")
         if len(set(self.seeds)) < 2 or self.tuning_seed in self.seeds:
             raise ValueError(f"at least 2 different seeds, none of them the tuning seed {self.tuning_seed}, got {self.seeds}")
+        if finite("delta", self.delta, low=0, high=1, fix="0 takes the usual one of the data") == 1:
+            raise ValueError(f"delta must be < 1, got {self.delta}; 0 takes the usual one of the data")
         if not self.delta:
             object.__setattr__(self, "delta", usual_delta(self.dataset.n))
 
@@ -88,17 +98,19 @@ class Experiment:
 
     def members(self, seed: int, models: int | None = None) -> torch.Tensor:
         """bool [M, N]: complementary halves, the same for every arm of this seed."""
-        return data.member_masks(self.dataset.n, models or self.models, seed=key(seed, "members") % 2**31)
+        models = self.models if models is None else models
+        return data.member_masks(self.dataset.n, models, seed=key(seed, "members") % 2**31)
 
     def recipe(
         self, *, objective: Objective | None = None, mechanism: Mechanism | None = None, lr=None,
         epochs: float | None = None, weight_decay: float = 0.0,
     ) -> Recipe:
-        """The training recipe of an arm; what is not said is plain adversarial training."""
+        """The training recipe of an arm; what is not said is plain adversarial training. ValueError for settings out of range."""
         return Recipe(
             model=self.model, objective=PGDAT(self.attack) if objective is None else objective,
             mechanism=Plain() if mechanism is None else mechanism, sampler=Poisson(self.batch_size),
-            optimizer=SGD(lr=self.lr if lr is None else lr, weight_decay=weight_decay), epochs=epochs or self.epochs,
+            optimizer=SGD(lr=self.lr if lr is None else lr, weight_decay=weight_decay),
+            epochs=self.epochs if epochs is None else epochs,
         )
 
     def run(
@@ -109,7 +121,7 @@ class Experiment:
 
         flagged: who the mechanism treats, kept beside the numbers.
         """
-        models = models or self.models
+        models = self.models if models is None else models
         recipe, members = self.recipe(**changes), self.members(seed, models)
         return self.tables(name, recipe, members, model_seeds(seed, models), seed=seed, flagged=flagged, trace=trace)
 
@@ -127,14 +139,18 @@ class Experiment:
 
         entry = self.store.compute("tables", config, compute, modules=MODULES)
         rate, steps = entry.meta["sampling_rate"], entry.meta["steps"]
-        guarantee = recipe.mechanism.guarantee(
-            sampling_rate=rate, steps=steps, delta=self.delta, n=self.dataset.n,
-            batch_norm=getattr(self.model, "norm", "group") == "batch", row_by_row=recipe.row_by_row,
+        mixed = has_batch_norm(recipe.model, self.dataset.shape, len(self.dataset.classes))
+        promises = tuple(
+            recipe.mechanism.guarantee(
+                sampling_rate=rate, steps=steps, delta=self.delta, n=self.dataset.n, model=model, batch_norm=mixed,
+                poisson=isinstance(recipe.sampler, Poisson), row_by_row=recipe.row_by_row,
+            )
+            for model in range(len(members))  # settings may be one a model
         )
         return Run(
             name, seed, self.dataset.y.numpy(), members.numpy(), entry.arrays["clean"], entry.arrays["adversarial"],
-            entry.arrays["robust"], guarantee, steps, rate, None if flagged is None else np.asarray(flagged),
-            entry.arrays.get("trace"), entry.arrays.get("gradient_norms"), entry.fresh,
+            entry.arrays["robust"], weakest(promises), steps, rate, None if flagged is None else np.asarray(flagged),
+            entry.arrays.get("trace"), entry.arrays.get("gradient_norms"), entry.fresh, promises,
         )
 
     def _config(self, recipe: Recipe, members, seeds: Sequence[int], trace: bool = False) -> dict:
@@ -169,17 +185,15 @@ class Experiment:
         return arrays, {"steps": ensemble.steps, "sampling_rate": ensemble.sampling_rate}
 
     def _each_seed(self, name: str, how: Callable[[Flags | None], Mechanism | None], flagged: dict, **changes) -> list[Run]:
-        """One run a seed; those that are not in the store are trained as ONE batch, which is a third faster."""
+        """One run a seed; those that are not in the store are trained as ONE batch, which is a third faster, where they can."""
         jobs = {}
         for seed, who in flagged.items():
             jobs[seed] = self.recipe(mechanism=how(who), **changes), self.members(seed), model_seeds(seed, self.models)
         new = [s for s, job in jobs.items() if self.store.get("tables", self._config(*job), modules=MODULES) is None]
         ready = {}
-        if len(new) > 1:
-            everybody = None
-            if flagged[new[0]] is not None:
-                everybody = torch.stack([flagged[s] for s in new]).repeat_interleave(self.models, 0)
-            joint = self.recipe(mechanism=how(everybody), **changes)
+        # what `how` made of each seed's own flags is joined: of all seeds' flags at once it may make something else
+        joint = joined([jobs[s][0] for s in new], self.models, self.dataset.n) if len(new) > 1 else None
+        if joint is not None:
             members = torch.cat([jobs[s][1] for s in new])
             arrays, meta = self._query(name, joint, members, tuple(seed for s in new for seed in jobs[s][2]))
             for i, s in enumerate(new):
@@ -211,7 +225,7 @@ class Experiment:
         self, name: str, how: Callable[[Flags], Mechanism], *, fraction: float | None = None,
         risk_threshold: float | None = None, random: bool = False, choose: Callable[[int], Flags] | None = None, **changes,
     ) -> list[Run]:
-        """One arm that treats some samples with mechanism `how(flags)`, at every reported seed.
+        """One arm that treats some samples with mechanism `how(flags)`, at every reported seed; flags are bool [N].
 
         Who: as in `flags`, as many at random (`random`), or whoever `choose(seed)` says.
         """
@@ -220,7 +234,7 @@ class Experiment:
         return self._each_seed(name, how, {seed: find(seed, **settings) for seed in self.seeds}, **changes)
 
     def arm(self, name: str, **changes) -> list[Run]:
-        """One arm that treats everybody alike, at every reported seed."""
+        """One arm that treats everybody alike, at every reported seed; a tuple has an entry for each model of a seed."""
         mechanism = changes.pop("mechanism", None)
         return self._each_seed(name, lambda _: mechanism, dict.fromkeys(self.seeds), **changes)
 
@@ -311,7 +325,8 @@ class Profile:
         return Experiment(
             dataset=loaded, model=spec, eps=eps or loaded.eps, epochs=chosen.epochs,
             batch_size=min(self.batch_size, loaded.n // 4), lr=self.lr, models=chosen.models,
-            seeds=tuple(range(chosen.seeds)), tuning_models=chosen.tuning_models, device=farm.suited(device, loaded.name),
+            seeds=tuple(range(integer("seeds", chosen.seeds, low=2))), tuning_models=chosen.tuning_models,
+            device=farm.suited(device, loaded.name),
             progress=not quiet if progress is None else progress,
         )
 

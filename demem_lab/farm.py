@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from demem_lab.replay import one_at_a_time
-from demem_lab.validate import integer
+from demem_lab.store import Store
+from demem_lab.validate import instance, integer, shown
 
 # mallopt: blocks below 32 MB (older versions take no more) come from the heap, which grows by 64 MB and shrinks past 1 GB
 MALLOC_OPTIONS = ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20))
@@ -67,10 +68,14 @@ def suited(name: str, dataset: str) -> str:
 def connect(address: str, *, seconds: float = 10) -> Executor:
     """The workers of the Dask scheduler at `address`, as an executor; where any offers a GPU, only those, a chunk on each.
 
-    Raises ImportError without Dask, ConnectionError where no scheduler answers or it has no workers, each with the fix.
+    `with connect(address) as executor:` (or executor.shutdown()) closes the connection at its end. Raises ValueError for what
+    is no address, ImportError without Dask, ConnectionError where no scheduler answers or it has no workers, each with the fix.
     """
+    if not isinstance(address, str) or not address.strip():  # of None, Dask would start a cluster on this machine
+        raise ValueError(f"address must be a scheduler's, such as 'tcp://NODE:8786', got {shown(address)}")
     try:
         from dask.distributed import Client
+        from distributed.cfexecutor import ClientExecutor
     except ImportError:
         raise ImportError("a Dask scheduler takes Dask on this side, too: pip install 'demem-lab[cluster]'") from None
     client = None
@@ -84,7 +89,24 @@ def connect(address: str, *, seconds: float = 10) -> Executor:
         fix = "start `dask scheduler`, and `dask worker ADDRESS` on each machine, and give the address that the scheduler prints"
         raise ConnectionError(f"no scheduler with workers answers at {address!r} within {seconds:g} s ({first}); {fix}") from None
     offered = client.run_on_scheduler(lambda dask_scheduler: [w.resources for w in dask_scheduler.workers.values()])
-    return client.get_executor(resources={"GPU": 1} if any("GPU" in resources for resources in offered) else {})
+
+    class Connected(ClientExecutor):
+        """Dask's executor leaves a client to whoever made it, and nobody else has this one."""
+
+        def shutdown(self, wait=True, **how):
+            super().shutdown(wait=wait, **how)
+            client.close()
+
+    return Connected(client, resources={"GPU": 1} if any("GPU" in resources for resources in offered) else {})
+
+
+def check(executor: Executor | None, store: Store | None) -> None:
+    """ValueError unless these are what they are called, or None."""
+    if executor is not None:
+        example = "client.get_executor()" if hasattr(executor, "get_executor") else "farm.connect('tcp://NODE:8786')"
+        instance("executor", executor, Executor, having="submit", example=example)
+    if store is not None:
+        instance("store", store, Store, example="Store('runs/store')")
 
 
 def device_of(executor: Executor, name: str = "auto") -> torch.device:

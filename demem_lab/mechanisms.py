@@ -45,18 +45,23 @@ class Batch:
 
 
 class Mechanism:
-    """Base of all mechanisms. Subclasses give `coefficients`, `penalty` or their own `update`."""
+    """Base of all mechanisms. Subclasses give `coefficients`, `penalty` or their own `update`.
+
+    One of your own is a frozen dataclass: results are kept under its fields. A tuple holds one entry for each of the M models,
+    and an array [M, N] one row; both are cut where models are trained apart (`for_models`). An array [N] is for all models, and
+    becomes [M, N] where models that have each their own are trained at once: `look_up` reads both.
+    """
 
     per_sample = False  # whether the update needs every sample's own gradient norm
 
     def coefficients(self, batch: Batch) -> Tensor | None:
-        """How much each sample's gradient counts, [M, B]; None when all count 1."""
+        """How much each sample's gradient counts, [M, B]; None when all count 1. Below 0 its loss is climbed (unlearning)."""
         return None
 
     def takes_part(self, batch: Batch) -> Tensor:
-        """bool [M, B]: the rows worth computing. A sample that counts 0 costs nothing: it is neither attacked nor passed."""
+        """bool [M, B]: the rows worth computing. One that counts exactly 0 costs nothing: it is neither attacked nor passed."""
         coefficients = self.coefficients(batch)
-        return batch.valid if coefficients is None else batch.valid & (coefficients > 0)
+        return batch.valid if coefficients is None else batch.valid & (coefficients != 0)
 
     @property
     def shrinks(self) -> bool:

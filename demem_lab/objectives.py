@@ -38,6 +38,9 @@ class PerSample:
 class Objective(Protocol):
     """Anything that turns images into per-sample losses.
 
+    One of your own is a frozen dataclass: results are kept under its fields. It takes `rng` and `counts` by these names, and
+    returns a `PerSample`, whose losses are [M*B]: one number a row and no mean, or ValueError where it is trained.
+
     `counts` [M*B]: how much each row counts without a promise, 0 for padding and the protected. Only objectives that look
     at the batch as a whole read it (`AWP`); all others treat every row by itself, and their class says so with
     `row_by_row = True`, without which nothing is promised to anybody.

@@ -35,7 +35,7 @@ from demem_lab.objectives import AWP, PGDAT, TRADES, Natural, Objective
 from demem_lab.optimizers import SGD, HalfFlat, Schedule, StepDecay, WarmUp
 from demem_lab.precision import Precision, resolve
 from demem_lab.remedies import GradedRelease, release_schedule
-from demem_lab.results import Results, measure
+from demem_lab.results import Results, check_measurable, measure, there_already
 from demem_lab.sampling import Poisson, Shuffled
 from demem_lab.store import Store, installed
 from demem_lab.streams import key, model_seeds
@@ -94,11 +94,15 @@ class Protocol:
             finite(name, getattr(self, name), low=0)
         for name in ("fraction", "decay_at", "warm_up", "delta"):
             finite(name, getattr(self, name), low=0, high=1)
+        if self.delta in (0, 1):
+            raise ValueError(f"delta must lie in (0, 1), got {self.delta}; at 0 and at 1 there is nothing to promise")
         finite("epochs", self.epochs, low=0.01, high=100_000)
         if not isinstance(self.lams, (tuple, list)):
             raise ValueError(f"lams must be a tuple of numbers, such as (0.2, 0.6), got {self.lams!r}")
         for lam in self.lams:
             finite("lam", lam, low=0)
+        if len({f"{lam:g}" for lam in self.lams}) < len(self.lams):
+            raise ValueError(f"lams name an arm each, by six digits, so they must not repeat, got {self.lams!r}")
 
     def load(self, root: str | Path | None = None, *, download: bool = False) -> Dataset:
         """The images; `root` as in data.load."""
@@ -181,9 +185,11 @@ def run(
     """Train and measure arms (all by default); what is in the store is not computed again.
 
     device: "auto" is the CPU for digits, also where a GPU is, and else a GPU where there is one (or the executor's workers'
-    device). save: a file that is written anew after each arm. executor: where chunks of models are trained and asked, as in
-    `training.train`; the store must be on a file system that its workers see. chunk: as there, for queries too. Raises
-    ValueError for an unknown arm, and for a file that would lose arms or is something else, before anything is trained.
+    device). save: a file that is written anew after each arm; arms that it has stay in it until they are measured again.
+    executor: where chunks of models are trained and asked, as in `training.train`; the store must be on a file system that its
+    workers see. chunk: as there, for queries too. Raises ValueError for an unknown arm, and for a file that would lose arms, is
+    of another protocol or something else, before anything is trained; before any arm is, for a `fraction` or `risk_threshold`
+    that leaves some model without members or non-members among the treated or the others.
     """
     instance("protocol", protocol, Protocol, example="PROFILES['smoke']")
     treatments = arms_of(protocol)
@@ -194,18 +200,18 @@ def run(
         choice("arm", name, treatments)
     if save is not None and Path(save).is_dir():
         raise ValueError(f"save must name a file, and {save} is a folder; give {Path(save) / 'results.json'}, for instance")
-    if save is not None and Path(save).exists():
-        lost = [name for name in Results.load(save).arms if name not in arms]
-        if lost:
-            raise ValueError(f"{save} holds {', '.join(lost)}, which this run would drop; add them to arms, or save elsewhere")
+    farm.check(executor, store)
     store, dataset = store or Store(), protocol.load(root, download=download)
     device = farm.suited(device, dataset.name)
+    settings = {**json.loads(json.dumps(asdict(protocol))), "images": dataset.n}
+    older = None if save is None else there_already(save, settings, arms)
     began, seconds, machine = time.time(), 0.0, None
     how = {"device": device, "progress": progress, "executor": executor}
     score = risk_score(protocol, dataset, store=store, **how)
     members = data.member_masks(dataset.n, protocol.models, seed=key(protocol.seed, "members") % 2**31)
     seeds = model_seeds(protocol.seed, protocol.models)
-    top = treated(protocol, score).numpy()
+    top, cut = treated(protocol, score).numpy(), "risk_threshold" if protocol.risk_threshold else "fraction"
+    check_measurable(members.numpy(), top, setting=f"{cut} {getattr(protocol, cut)}")
     measured, promised, done = {}, {}, None
     for name in arms:
         arm = treatments[name]
@@ -214,10 +220,9 @@ def run(
         machine = machine or _machine_of(device, executor)
         measured[name] = measure(tables, dataset.y.numpy(), members.numpy(), at_risk=top)
         promised[name], seconds = text, seconds + took
-        settings = {**json.loads(json.dumps(asdict(protocol))), "images": dataset.n}
         done = Results(settings, measured, promised, _provenance(machine, seconds, began))
         if save is not None:
-            done.save(save)
+            done.beside(older, arms).save(save)
     return done
 
 

@@ -6,10 +6,12 @@ Poisson(batch_size=50)
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from demem_lab.augment import CropFlip
 from demem_lab.data import Dataset, Deposited
 from demem_lab.mechanisms import Mechanism, Plain
 from demem_lab.models import MLP, Spec
-from demem_lab.objectives import Natural, Objective
+from demem_lab.objectives import Natural, Objective, PerSample
 from demem_lab.optimizers import SGD, AdamW, HalfFlat, Schedule
 from demem_lab.precision import Precision
 from demem_lab.sampling import Poisson, Sampler
@@ -47,6 +49,11 @@ class Recipe:
         instance("model", self.model, having="build", example="MLP()")
         instance("objective", self.objective, having="__call__", example="PGDAT(PGD(eps=0.1))")
         instance("mechanism", self.mechanism, Mechanism, example="Plain()")
+        for name, part in (("objective", self.objective), ("mechanism", self.mechanism)):
+            if not is_dataclass(part):
+                fix = f"write @dataclass(frozen=True) above class {type(part).__name__}"
+                raise ValueError(f"{name} must be a dataclass, under whose fields results are kept, got {shown(part)}; {fix}")
+        _check_called(self.objective)
         instance("optimizer", self.optimizer, having="for_models", example="SGD()")
         instance("sampler", self.sampler, having="batch_size", example="Poisson(50)")
         instance("schedule", self.schedule, having="__call__", example="HalfFlat()")
@@ -62,6 +69,28 @@ class Recipe:
         Privacy noise is measured for one row's gradient: where rows mix, one sample moves those of others as well.
         """
         return all(getattr(part, "row_by_row", False) for part in (self.objective, self.augment) if part is not None)
+
+
+def _check_called(objective: Objective) -> None:
+    """ValueError unless an objective takes what it is given in training."""
+    given = {"rng": None, **({"counts": None} if getattr(objective, "shifts_weights", False) else {})}
+    try:
+        inspect.signature(objective).bind(None, None, None, None, **given)
+    except TypeError as error:
+        name, called = type(objective).__name__, "(net, x, y, index, *, rng, counts)"
+        raise ValueError(f"objective is called with {called}, and {name} does not take that: {error}") from None
+
+
+def check_losses(objective: Objective, seen: PerSample, rows: int) -> None:
+    """ValueError unless an objective answered with a `PerSample` of one loss for each of the rows."""
+    name = type(objective).__name__
+    if not isinstance(seen, PerSample):
+        raise ValueError(f"the objective {name} must return a PerSample, got {shown(seen)}; demem_lab.objectives has examples")
+    for what in ("loss", "adversarial_ce"):
+        shape = list(getattr(getattr(seen, what), "shape", ["no tensor"]))
+        if shape != [rows]:
+            fix = "give one number a row, and no mean"
+            raise ValueError(f"{what} of the objective {name} must have shape [M*B] = [{rows}], got {shape}; {fix}")
 
 
 @dataclass(frozen=True)
@@ -124,6 +153,51 @@ def apart(recipe: Recipe, members: Tensor) -> bool:
     """Whether models have to be trained one by one: with batch normalisation, rows that only fill up a shorter batch count."""
     uneven = len(set(members.sum(1).tolist())) > 1
     return getattr(recipe.model, "norm", "group") == "batch" and (recipe.mechanism.shrinks or uneven)
+
+
+def joined(recipes: Sequence[Recipe], models: int, n: int) -> Recipe | None:
+    """One recipe for the models of several recipes that differ in their mechanism alone, `models` each, on n samples.
+
+    Flags of their own and tuples become one row or entry for each model. None where other settings of the mechanisms differ.
+    ValueError for a tuple that has not one entry for each of the `models`.
+    """
+    for recipe in recipes:  # before they are joined: 2 entries and 6 would fit two times 4 models
+        recipe.mechanism.for_models(range(models), models)
+        recipe.optimizer.for_models(range(models), models)
+    if len({type(recipe.mechanism) for recipe in recipes}) > 1:
+        return None
+    changes = {}
+    for name in (f.name for f in fields(recipes[0].mechanism)):
+        whole = _joined([getattr(recipe.mechanism, name) for recipe in recipes], models, n)
+        if whole is None:
+            return None
+        changes[name] = whole[0]
+    mechanism, optimizer = replace(recipes[0].mechanism, **changes), recipes[0].optimizer
+    if isinstance(optimizer.lr, (tuple, list)):
+        optimizer = replace(optimizer, lr=tuple(optimizer.lr) * len(recipes))
+    return replace(recipes[0], mechanism=mechanism, optimizer=optimizer)
+
+
+def _joined(values: list, models: int, n: int) -> Sequence | None:
+    """(one value for all,), or None where there is none."""
+    if all(isinstance(value, (tuple, list)) for value in values):
+        return (tuple(entry for value in values for entry in value),)
+    if not any(isinstance(value, (Tensor, np.ndarray)) for value in values):
+        return values[:1] if all(value == values[0] for value in values) else None
+    tables = [torch.as_tensor(value) for value in values if isinstance(value, (Tensor, np.ndarray))]
+    if len(tables) < len(values) or len({(table.dtype, table.shape) for table in tables}) > 1:
+        return None
+    if tables[0].ndim == 2:
+        return (torch.cat(tables),)
+    if all(torch.equal(table, tables[0]) for table in tables):
+        return values[:1]
+    return (torch.stack(tables).repeat_interleave(models, 0),) if tables[0].shape == (n,) else None
+
+
+def has_batch_norm(model: Spec, shape: tuple[int, int, int], classes: int) -> bool:
+    """Whether networks of this architecture normalise by batch; who does not say so by `norm` is built and looked at."""
+    said = getattr(model, "norm", None)
+    return said == "batch" if said is not None else model.build(models=1, shape=shape, classes=classes, seeds=[0]).has_batch_norm
 
 
 def check(dataset: Dataset, members: Tensor, recipe: Recipe, seeds: Sequence[int], dtype: torch.dtype) -> None:

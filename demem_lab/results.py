@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +109,19 @@ class Results:
         os.replace(fresh, path)
         return path
 
+    def beside(self, older: Results | None, order: Sequence[str]) -> Results:
+        """With the arms of an older file that are not measured anew yet, in that order; the provenance names them."""
+        rest = [] if older is None else [name for name in order if name in older.arms and name not in self.arms]
+        if not rest:
+            return self
+        arms, promised = {**older.arms, **self.arms}, {**older.guarantees, **self.guarantees}
+        order = [name for name in order if name in arms]
+        kept = {"arms": rest, **{what: older.provenance.get(what) for what in ("date", "commit")}}
+        return replace(
+            self, arms={name: arms[name] for name in order}, guarantees={name: promised[name] for name in order},
+            provenance={**self.provenance, "kept from before": kept},
+        )
+
     @classmethod
     def load(cls, path: str | Path) -> Results:
         """Read a file that `save` wrote. ValueError when it is something else."""
@@ -116,6 +129,8 @@ class Results:
             raw = json.loads(Path(path).read_text())
             found = cls(**{f.name: raw[f.name] for f in fields(cls)})
             values = [v for arm in found.arms.values() for column in arm.values() for v in column]
+            if not found.arms or not all(found.arms.values()):
+                raise TypeError("it holds no arms, or one without measures")
             if not all(isinstance(v, (int, float)) for v in values) or set(found.arms) != set(found.guarantees):
                 raise TypeError("an arm lacks numbers or its guarantee")
             if not isinstance(found.protocol, dict) or not isinstance(found.provenance, dict):
@@ -133,6 +148,36 @@ def _named(metric: str, group: str) -> str:
 def kept() -> dict[str, Results]:
     """The results that come with the package, by name: runs that took hours, to be shown without repeating them."""
     return {file.stem: Results.load(file) for file in sorted((Path(__file__).parent / "kept").glob("*.json"))}
+
+
+def there_already(path: str | Path, protocol: dict, arms: Sequence[str]) -> Results | None:
+    """What a file holds that a run of these arms is to be written to; None where there is no file.
+
+    ValueError where it is something else, the result of another protocol, or has arms that the run would not measure.
+    """
+    if not Path(path).exists():
+        return None
+    older = Results.load(path)
+    differ = [name for name in {**older.protocol, **protocol} if older.protocol.get(name) != protocol.get(name)]
+    if differ:
+        was, is_ = (", ".join(f"{name} {p.get(name, 'unsaid')}" for name in differ[:4]) for p in (older.protocol, protocol))
+        raise ValueError(f"{path} holds a run with {was}, and this one has {is_}; save elsewhere")
+    lost = [name for name in older.arms if name not in arms]
+    if lost:
+        raise ValueError(f"{path} holds {', '.join(lost)}, which this run would drop; add them to arms, or save elsewhere")
+    return older
+
+
+def check_measurable(members: np.ndarray, at_risk: np.ndarray, *, setting: str) -> None:
+    """ValueError unless `measure` can compare the treated with the others: each model has members and non-members of both."""
+    for group, inside in (("treated", at_risk), ("others", ~at_risk)):
+        for side, who in (("members", members), ("non-members", ~members)):
+            without = np.flatnonzero(~(who & inside).any(1))
+            if len(without):
+                raise ValueError(
+                    f"{setting} treats {int(at_risk.sum())} of {len(at_risk)} images, so that model {without[0]} has no {side} "
+                    f"among the {group}, and nothing can be measured there; change it, or take more images"
+                )
 
 
 def measure(

@@ -17,7 +17,7 @@ from demem_lab.live import Moment
 from demem_lab.mechanisms import Batch, LossVariance, Mechanism, SelectiveDP
 from demem_lab.objectives import in_two_parts
 from demem_lab.precision import Precision, Scaler
-from demem_lab.recipe import Job
+from demem_lab.recipe import Job, check_losses
 from demem_lab.sampling import Poisson, kept_only
 from demem_lab.streams import Streams
 
@@ -144,6 +144,7 @@ class State:
         self.consistent = not whole  # an interruption must not keep weights that were moved for a moment
         with torch.enable_grad(), self.net.recording(mechanism.per_sample):  # whatever the caller's mode is
             seen = objective(self.net, x, y, flat, rng=rng, **whole)
+            check_losses(objective, seen, len(flat))
             try:
                 return seen.adversarial_ce.detach(), mechanism.update(self.net, seen, batch)
             finally:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from demem_lab import farm
 from demem_lab.attacks import NFGSM, PGD, autoattack, check_query, cross_entropy, frozen, margin, predictions, withstands
 from demem_lab.networks import how_many
-from demem_lab.outputs import listed
+from demem_lab.outputs import ROUNDING, listed
 from demem_lab.signals import label_robustness
 from demem_lab.validate import instance, integer, shown
 
@@ -103,7 +104,8 @@ def ask(
 
     net maps [B, C, H, W] in [0, 1] to logits [B, K]; it is asked in evaluation mode, and its mode and device come back as
     they were. attack: one of `attacks`, whose random numbers are the same every time, or any function (net, x, y) -> images.
-    autoattack_on: AutoAttack is run on so many non-members. Raises ValueError for data that do not fit.
+    autoattack_on: AutoAttack is run on so many non-members. Network and attack get copies of the images. Raises ValueError for
+    data that do not fit, for a network that answers with probabilities, and for one without a slope that an attack needs.
     """
     sides = {"member": _pair("members", members), "nonmember": _pair("non_members", non_members)}
     if attack is not None:
@@ -114,9 +116,29 @@ def ask(
     attack = attack or (PGD(eps, 10, random_start=False) if eps is not None else None)
     home, where = next((p.device for p in net.parameters()), torch.device("cpu")), farm.device(device)
     try:
-        return _asked(_answering(net.to(where), sides["member"][0], where), sides, eps, attack, autoattack_on, where)
+        with _on_copies(net.to(where)):
+            asked = _answering(net, sides["member"][0], where)
+            if isinstance(attack, (PGD, NFGSM)) or autoattack_on:
+                _check_slope(asked, sides["member"][0], where)
+            return _asked(asked, sides, eps, attack, autoattack_on, where)
     finally:
         net.to(home)
+
+
+@contextmanager
+def _on_copies(net):
+    """Inside, a stranger's network meets copies: one that normalises in place would change the caller's images.
+
+    And an attack's, whose slope is then no longer to be had: torch calls them leaves, which must not change.
+    """
+    if hasattr(net, "recording"):  # one of this package, which changes nothing
+        yield
+        return
+    copied = net.register_forward_pre_hook(lambda _, given: tuple(x.clone() if torch.is_tensor(x) else x for x in given))
+    try:
+        yield
+    finally:
+        copied.remove()
 
 
 class _InPrecision(torch.nn.Module):
@@ -179,6 +201,27 @@ def _answering(net, x: torch.Tensor, where):
     return net if kind == torch.float32 else _InPrecision(net, kind)
 
 
+def _check_slope(net, x: torch.Tensor, where) -> None:
+    """ValueError unless the answers have a gradient at the images, which the attacks of this package climb."""
+    with frozen(net):
+        image = x[:1].to(where).expand(how_many(net), *x.shape[1:]).clone().requires_grad_()
+        try:
+            torch.autograd.grad(net(image).sum(), image)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the attack needs the gradient of the answers at the images, and this network has none ({_said(error)}); take "
+                "torch.no_grad(), detach() and changes in place out of its forward pass, or give neither eps nor attack"
+            ) from None
+
+
+def _check_logits(answers: np.ndarray) -> None:
+    if answers.min() >= -1e-6 and answers.max() <= 1 + 1e-6 and np.abs(answers.sum(-1, dtype=np.float64) - 1).max() < ROUNDING:
+        raise ValueError(
+            "the network answers with probabilities (all in [0, 1], rows sum to 1); leave out the softmax at its end, so that it "
+            "returns logits"
+        )
+
+
 def _asked(net, sides: Mapping, eps, attack, autoattack_on: int, where) -> Asked:
     arrays, robustness, graded, how = {}, {}, [], {"query attack": repr(attack) if attack else "none"}
     still, total = 0, sum(len(x) for x, _ in sides.values())
@@ -193,8 +236,10 @@ def _asked(net, sides: Mapping, eps, attack, autoattack_on: int, where) -> Asked
         for start in range(0, len(x), BATCH):
             part, label = x[start : start + BATCH], y[start : start + BATCH]
             clean.append(_logits(net, part))
+            if not start:
+                _check_logits(clean[0])
             if attack is not None:
-                there = attack(net, part, label, **drawn)
+                there = attack(net, part.clone(), label, **drawn)
                 still += int((there == part).flatten(1).all(1).sum())
                 moved.append(_logits(net, there))
                 nearer = [_logits(net, grader(net, part, label, **drawn)) for grader in graders]

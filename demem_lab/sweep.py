@@ -11,7 +11,7 @@ more than a target.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,7 +87,14 @@ def sweep(
 
     lr_everybody: noise multiplier -> the learning rate tuned for DP-SGD, used where everybody is protected. high_risk: the
     fraction of samples called "high risk" in the columns, the same at every point. Nobody is trained once, without noise.
+    ValueError for lists that are empty, repeat or hold something else, before anything is trained.
     """
+    for name, values in (("noise_multipliers", noise_multipliers), ("fractions", fractions)):
+        if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or not len(values := tuple(values)):
+            raise ValueError(f"{name} must be a list of at least one number, such as (0.5, 1.0), got {values!r}")
+        for value in values:
+            finite("a noise multiplier" if name[0] == "n" else "a fraction", value, low=0, high=None if name[0] == "n" else 1)
+    models = lab.tuning_models if models is None else integer("models", models, low=2)
     score = lab.risk(seed).score
     pairs = [(0.0, f) for f in fractions if f == 0]
     pairs += list(itertools.product([float(s) for s in noise_multipliers], [f for f in fractions if f > 0]))
@@ -97,9 +104,7 @@ def sweep(
     points = [
         _Point(s, f, sets[f], lr_everybody(s) if lr_everybody and f == 1 else lab.lr) for s, f in pairs
     ]
-    return _trained(
-        lab, points, score, seed=seed, models=models or lab.tuning_models, max_grad_norm=max_grad_norm, high_risk=high_risk
-    )
+    return _trained(lab, points, score, seed=seed, models=models, max_grad_norm=max_grad_norm, high_risk=high_risk)
 
 
 def train_point(
@@ -153,9 +158,7 @@ def _trained(
     for number, point in enumerate(points):
         part = run.part(slice(number * models, (number + 1) * models))
         found = measure(part, {"high risk": top, "rest": ~top}, fpr=fpr)
-        promised = recipe.mechanism.guarantee(
-            sampling_rate=run.sampling_rate, steps=run.steps, delta=lab.delta, n=lab.dataset.n, model=number * models
-        )
+        promised = part.guarantee
         rows.append({
             "noise_multiplier": point.noise_multiplier, "fraction": point.fraction,
             "risk_threshold": point.who.risk_threshold, "protected": int(point.who.mask.sum()), "lr": point.lr,

@@ -114,6 +114,7 @@ def train(
     (chunks that do not are halved, with a ChunkHalved warning), farm.ExecutorDied when the executor stops working.
     """
     check(dataset, members, recipe, seeds, dtype)
+    farm.check(executor, store)
     members = torch.tensor(members) if isinstance(members, np.ndarray) else members
     seeds = tuple(map(int, seeds))
     on = farm.device(device) if executor is None else farm.device_of(executor, device)

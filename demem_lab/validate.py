@@ -9,6 +9,7 @@ ValueError: noise_multiplier must be finite and >= 0, got -1.0
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,11 +30,14 @@ def finite(name: str, value: float, *, low: float | None = None, high: float | N
 
 
 def integer(name: str, value: int, *, low: int | None = None, high: int | None = None, fix: str = "") -> int:
-    """`value` as an int; ValueError unless it is a whole number with low <= value <= high."""
+    """`value` as an int; ValueError unless it is a whole number with low <= value <= high. 10.0 is none: write 10."""
     number = finite(name, value, low=low, high=high, fix=fix)
-    if number != int(number):
-        raise ValueError(_sentence(f"{name} must be a whole number, got {value!r}", fix))
-    return int(number)
+    try:
+        return operator.index(value)
+    except TypeError:
+        # callers go on with what they gave, and range(10.0) would be a sentence of Python's
+        fix = f"write {int(number)}" if number == int(number) else fix
+        raise ValueError(_sentence(f"{name} must be a whole number, got {value!r}", fix)) from None
 
 
 def choice(name: str, value: Any, allowed: Iterable[Any], *, fix: str = "") -> Any:
@@ -47,7 +51,8 @@ def choice(name: str, value: Any, allowed: Iterable[Any], *, fix: str = "") -> A
 def instance(name: str, value: Any, kind: type = object, *, having: str = "__class__", example: str) -> Any:
     """`value`; ValueError unless it is an object of that kind, with that method: its class or its name will not do."""
     if isinstance(value, type) or not isinstance(value, kind) or not hasattr(value, having):
-        wanted = "an object" if kind is object else f"a {kind.__name__},"
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        wanted = "an object" if kind is object else f"{article} {kind.__name__},"
         raise ValueError(f"{name} must be {wanted} such as {example}, got {shown(value)}")
     return value
 

@@ -257,6 +257,7 @@ def test_what_a_report_assumes_can_be_said(tmp_path):
     result = call("report", path, "--fpr", 0.1, *options, "--json", tmp_path / "a.json")
     report = AuditReport.load(tmp_path / "a.json")
     assert report.empirical["delta"] == 1e-3 and report.obtained["prior"] == 0.1 and "independent_coins" not in result.output
+    assert f"\n  {report.empirical['text']}\n" in result.output and "epsilon" in report.empirical["text"]
     for option in ("--delta", "--prior"):
         result = call("report", path, "--fpr", 0.1, "--independent-coins", option, 2)
         assert result.exit_code == 2 and option[2:] in result.output and "got 2.0" in result.output, result.output

@@ -64,6 +64,21 @@ def test_connecting_takes_the_workers_that_have_a_gpu(cluster):
     assert farm.connect(cluster.scheduler_address)._kwargs["resources"] == {"GPU": 1}
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as plain:
         assert farm.connect(plain.scheduler_address)._kwargs["resources"] == {}
+        before = clients(plain)
+        for _ in range(3):
+            with farm.connect(plain.scheduler_address) as executor:
+                assert farm.run(lambda chunk, stop: chunk, [1], executor=executor) == [1]
+        executor.shutdown()  # twice does no harm
+        until(lambda: clients(plain) <= before)
+
+
+def clients(cluster):
+    return len(cluster.scheduler.clients)
+
+
+def test_a_client_is_no_executor(client, tiny):
+    with pytest.raises(ValueError, match=r"executor must be an Executor, such as client.get_executor\(\), got <Client"):
+        train(tiny, MEMBERS, RECIPE, **SETTING, executor=client)
 
 
 def test_no_scheduler_and_no_dask_are_one_sentence_each(monkeypatch):

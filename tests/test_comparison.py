@@ -214,3 +214,24 @@ def test_only_the_same_seeds_are_paired(runs, which):
     for unpaired in (compare([runs[0], runs[4]]), compare([runs[0], *runs[3:]])):  # other seeds; one seed against three
         with pytest.raises(ValueError, match="seeds"):
             getattr(unpaired, which)("plain", "treated", "robust")
+
+
+def test_reports_that_disagree_are_not_merged(runs):
+    first, other = (compare(some, groups=lambda _: GROUPS) for some in (runs[:2], [made_run("plain", 1, strength=3.0)]))
+    assert merge(first, first).rows.equals(first.rows)
+    with pytest.raises(ValueError, match="do not agree: .* for arm 'plain' at seed 1 is .* and ") as caught:
+        merge(first, other)
+    assert "\n" not in str(caught.value)
+    empty = pd.DataFrame([("plain", 1, "all", "auc", float("nan"))], columns=first.rows.columns)
+    assert len(merge(Comparison(empty, 0.1, {}), Comparison(empty, 0.1, {})).rows) == 1
+
+
+def test_beyond_needs_both_of_its_parts_at_every_seed(runs):
+    report = compare(runs[:3], groups=lambda _: GROUPS, fpr=0.1)
+    r = report.rows
+    lacking = replace(report, rows=r[~((r.metric == "accused") & (r.group == "high") & (r.seed == 1))])
+    assert np.isfinite(lacking.values("plain", "beyond", "low")).all()
+    with pytest.raises(ValueError, match=r"'leak' of group 'high' at seeds \[0, 1, 2\], 'accused' at \[0, 2\]"):
+        lacking.interval("plain", "beyond", "high")
+    with pytest.raises(ValueError, match="'beyond' needs both"):
+        lacking.difference("plain", "plain", "beyond", "high")

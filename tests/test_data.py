@@ -222,3 +222,23 @@ def test_the_fingerprint_sees_every_pixel_and_label(change):
     x, y = change(X, Y)
     one, other = Dataset("made", X, Y, ("a", "b"), "m", 0.1), Dataset("made", x, y, ("a", "b"), "m", 0.1)
     assert one.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"classes": 3}, r"classes must be a tuple of names, such as \('cat', 'dog'\), got 3"),
+    ({"classes": "ab"}, "classes must be"), ({"classes": None}, "classes must be"),
+    ({"eps": -1}, "eps must be .*got -1; it is the usual attack radius"),
+    ({"eps": None}, "eps must be a number.*got None"), ({"eps": 8}, "eps must be .*<= 1, got 8"),
+])
+def test_what_a_data_set_says_of_itself_is_checked(change, words):
+    with pytest.raises(ValueError, match=words):
+        replace(load(subset=20), **change)
+
+
+@pytest.mark.parametrize("call", [
+    lambda: load(subset=10.0), lambda: mislabelled(load(subset=20), 10.0, seed=0), lambda: member_masks(10.0, 4, seed=0),
+    lambda: member_masks(20, 10.0, seed=0),
+])
+def test_ten_is_not_ten_point_nought(call):
+    with pytest.raises(ValueError, match="must be a whole number, got 10.0; write 10"):
+        call()

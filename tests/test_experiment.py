@@ -1,27 +1,32 @@
 """Fair arms: what they share, what is tuned where, and that nobody scores the risk of their own models."""
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
 import torch
 
-from demem_lab import data, farm, risk
+from demem_lab import data, farm, risk, training
+from demem_lab.accounting import budget
 from demem_lab.attacks import PGD, margin
-from demem_lab.experiment import PROFILES, best_rate, dp_rates, profile
-from demem_lab.mechanisms import DPSGD, Drop, SelectiveDP
+from demem_lab.experiment import PROFILES, Experiment, best_rate, dp_rates, profile
+from demem_lab.mechanisms import DPSGD, DownWeight, Drop, Plain, SelectiveDP
 from demem_lab.membership import lira
+from demem_lab.models import MLP, VGG
 from demem_lab.objectives import Natural
 from demem_lab.queries import outputs
+from demem_lab.recipe import has_batch_norm
+from demem_lab.remedies import GradedRelease
+from demem_lab.sampling import Shuffled
 from demem_lab.signals import confidence, logit_margin
+from demem_lab.store import Store
 from demem_lab.streams import model_seeds
+from demem_lab.tables import weakest
 from demem_lab.training import train
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    from demem_lab.store import Store
-
     return replace(profile("smoke").experiment(progress=False), store=Store(tmp_path_factory.mktemp("store")))
 
 
@@ -79,8 +84,6 @@ def test_treated_runs_know_whom_they_treated(lab):
 
 
 def test_seeds_trained_together_are_the_seeds_trained_apart(lab, tmp_path):
-    from demem_lab.store import Store
-
     apart = replace(lab, store=Store(tmp_path))
     for how, random in ((lambda f: SelectiveDP(0.5, 1.0, f), False), (Drop, True)):
         together = lab.treat(f"together {random}", how, fraction=0.3, random=random)
@@ -139,3 +142,124 @@ def test_digits_stay_on_the_cpu_and_everything_else_follows_the_gpu(monkeypatch)
     clothes = replace(data.load("digits", subset=300), name="fashion_mnist")
     monkeypatch.setattr(data, "load", lambda *names, **settings: clothes)
     assert farm.device(profile("full").experiment().device).type == "cuda"
+
+
+@dataclass(frozen=True)
+class Shuffling(Experiment):
+    """A lab whose arms draw whole epochs."""
+
+    def recipe(self, **changes):
+        return replace(super().recipe(**changes), sampler=Shuffled(self.batch_size))
+
+
+@dataclass(frozen=True)
+class Batched:
+    """An architecture of one's own that does not say how it normalises."""
+
+    inner: VGG = VGG(width=4, norm="batch")
+
+    def build(self, **how):
+        return self.inner.build(**how)
+
+
+def test_a_promise_is_the_weakest_of_the_models(lab):
+    run = lab.run("b", seed=0, mechanism=DPSGD((2.0, 1.0, 0.5, 0.0)), epochs=1)
+    text = str(run.guarantee)
+    assert not run.guarantee.holds and "models differ, and model 3 has none" in text
+    assert not run.part(slice(2, 4)).guarantee.holds and "model 1 has none" in str(run.part(slice(2, 4)).guarantee)
+    epsilon = [budget(noise_multiplier=s, sampling_rate=run.sampling_rate, steps=run.steps, delta=lab.delta).epsilon
+               for s in (2.0, 1.0, 0.5)]
+    assert [p.budget.epsilon for p in run.promises[:3]] == epsilon and sorted(epsilon) == epsilon
+    assert run.part(slice(0, 3)).guarantee.budget.epsilon == epsilon[2]
+    assert run.part(slice(0, 1)).guarantee.budget.epsilon == epsilon[0]
+
+
+def test_models_that_protect_unequally_many_have_no_promise_in_common(lab):
+    sets = torch.stack([torch.arange(300) < k for k in (10, 10, 20, 0)])
+    run = lab.run("b", seed=0, mechanism=SelectiveDP(1.0, 1.0, sets), epochs=1)
+    assert run.part(slice(0, 2)).guarantee.protected == 10 and run.part(slice(0, 2)).guarantee.holds
+    assert "differ in how many they protect (10, 20)" in str(run.part(slice(0, 3)).guarantee)
+    assert "model 3 has none: nobody is protected" in str(run.guarantee)
+    with pytest.raises(ValueError, match="no models"):
+        weakest([])
+
+
+def test_nothing_is_promised_without_poisson_batches_or_with_batch_normalisation(lab):
+    shuffled = Shuffling(**{f.name: getattr(lab, f.name) for f in fields(lab)})
+    run = shuffled.run("s", seed=0, mechanism=DPSGD(1.0), epochs=1)
+    assert "shuffled batches are not Poisson samples" in str(run.guarantee)
+    for model in (Batched(), Batched().inner):
+        batched = replace(shuffled, model=model)
+        assert "batch normalisation mixes" in str(batched.run("n", seed=0, mechanism=DPSGD(0.0), epochs=1).guarantee)
+    assert has_batch_norm(MLP((4,)), (1, 8, 8), 10) is False
+
+
+def test_the_recipes_architecture_decides_and_not_the_labs(lab):
+    recipe = replace(lab.recipe(mechanism=DPSGD(0.0), epochs=1), model=Batched().inner, sampler=Shuffled(lab.batch_size))
+    members = lab.members(0)
+    assert "batch normalisation mixes" in str(lab.tables("n", recipe, members, range(4), seed=0).guarantee)
+
+
+def test_a_setting_made_from_the_flags_is_each_seeds_own(lab, tmp_path):
+    """What is stored under a seed's key is what that seed's mechanism gives, though all seeds are trained at once."""
+    together, apart = (replace(lab, store=Store(tmp_path / name)) for name in ("together", "apart"))
+    for how in (
+        lambda w: DownWeight(w, 1 / max(1, int(w.sum()))), lambda w: SelectiveDP((0.0, 0.0, 3.0, 3.0), 1.0, w),
+        lambda w: Drop(w) if w[0] else Plain(),
+    ):
+        choose = lambda seed: torch.arange(300) < 4 * seed  # noqa: E731
+        for run in together.treat("t", how, choose=choose, epochs=1):
+            alone = apart.run("a", seed=run.seed, mechanism=how(choose(run.seed)), epochs=1)
+            assert np.allclose(run.clean, alone.clean, atol=1e-3) and str(run.guarantee) == str(alone.guarantee)
+        assert not any(run.fresh for run in together.treat("t", how, choose=choose, epochs=1))
+
+
+def test_settings_for_each_model_are_those_of_each_seed(lab, tmp_path):
+    together, apart = (replace(lab, store=Store(tmp_path / name)) for name in ("together", "apart"))
+    for changes in ({"mechanism": DPSGD((0, 0.5, 1, 2))}, {"lr": (0.01, 0.1, 0.1, 0.2)}):
+        for run in together.arm("b", epochs=1, **changes):
+            alone = apart.run("a", seed=run.seed, epochs=1, **changes)
+            assert np.allclose(run.clean, alone.clean, atol=1e-3) and run.promises == alone.promises
+        with pytest.raises(ValueError, match="has 3 entries for 4 models|3 learning rates for 4 models"):
+            name, value = next(iter(changes.items()))
+            lab.arm("c", **{name: DPSGD((0, 0.5, 1)) if name == "mechanism" else (0.1, 0.1, 0.1)})
+
+
+def test_seeds_that_can_be_trained_at_once_are(lab, tmp_path, monkeypatch):
+    calls, train_ = [], training.train
+    monkeypatch.setattr(training, "train", lambda *a, **how: (calls.append(len(a[1])), train_(*a, **how))[1])
+    fresh = replace(lab, store=Store(tmp_path))
+    fresh.treat("d", Drop, choose=lambda seed: torch.arange(300) == seed, epochs=1)
+    fresh.arm("n", mechanism=DPSGD((0, 0, 1, 1)), epochs=1)
+    fresh.treat("g", lambda who: GradedRelease(who.numpy()), choose=lambda seed: torch.linspace(seed, 1, 300), epochs=1)
+    assert calls == [8, 8, 8]
+    fresh.treat("w", lambda w: DownWeight(w, 0.5 if w[0] else 0.4), choose=lambda seed: torch.arange(300) == seed, epochs=1)
+    assert calls[3:] == [4, 4]
+
+
+@pytest.mark.parametrize("given", [{"epochs": 0}, {"epochs": 0.0}])
+def test_no_epochs_are_refused_and_none_given_are_the_labs(lab, given):
+    with pytest.raises(ValueError, match="epochs must be .*>= 0.01.*got 0"):
+        lab.arm("a", **given)
+    assert lab.recipe(epochs=None).epochs == lab.epochs and profile("smoke").experiment(**given).epochs == 3  # notebooks say 0.0
+    with pytest.raises(ValueError, match="models must be .*>= 1, got 0"):
+        lab.run("a", seed=0, models=0)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"delta": 1.0}, "delta must be < 1, got 1.0"), ({"delta": -0.1}, "delta must be .*>= 0"), ({"models": 6.0}, "write 6"),
+    ({"seeds": (0.0, 1.0)}, "a seed must be a whole number, got 0.0"), ({"seeds": 2}, "seeds must be a tuple"),
+    ({"store": "/tmp/x"}, r"store must be a Store, such as Store\('runs/store'\), got '/tmp/x'"),
+    ({"batch_size": 8.0}, "batch_size must be a whole number, got 8.0; write 8"),
+    ({"tuning_models": 0}, "tuning_models must be"), ({"tuning_seed": "1"}, "a seed must be a number"),
+])
+def test_bad_settings_of_a_lab_are_one_sentence(lab, change, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        replace(lab, **change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", [{"seeds": 2.0}, {"models": 6.0}, {"subset": 100.0}])
+def test_profiles_take_whole_numbers(setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} must be a whole number, got"):
+        profile("smoke").experiment(**setting)

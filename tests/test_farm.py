@@ -14,6 +14,12 @@ def double(chunk, stop):
     return [2 * c for c in chunk]
 
 
+@pytest.mark.parametrize("address", [None, 8786, "", " ", b"tcp://here:1", ["tcp://here:1"]])
+def test_what_is_no_address_is_one_sentence(address):
+    with pytest.raises(ValueError, match="address must be a scheduler's, such as 'tcp://NODE:8786', got "):
+        farm.connect(address, seconds=1)
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_results_come_in_order(at_once):
     def slow(chunk, stop):

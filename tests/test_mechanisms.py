@@ -1,6 +1,6 @@
 """Updates against loops over samples, noise against its distribution, promises against their conditions."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -309,6 +309,7 @@ def half_mirrored(x, *, rng):
     return (x + x.flip(0)) / 2  # each row holds a part of another one
 
 
+@dataclass(frozen=True)
 class AverageOut:
     """Losses divided by their mean: every row's gradient depends on who else was drawn."""
 
@@ -317,6 +318,7 @@ class AverageOut:
         return replace(seen, loss=seen.loss / seen.loss.mean())
 
 
+@dataclass(frozen=True)
 class Apart(AverageOut):
     row_by_row = True
 

@@ -139,16 +139,23 @@ def test_the_two_commands():
     assert runs == ["make test"]
 
 
-def test_modules_import_only_those_above_them():
+def table():
+    """The modules in the order of README's table."""
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "README.md").read_text().split("| module | what it holds |")[1], re.M)
+    return [name.strip("` ") for row in rows for name in row.split(",")]
+
+
+@pytest.mark.parametrize("order", [ORDER, table()], ids=["list", "README"])
+def test_modules_import_only_those_above_them(order):
     modules = {p.stem for p in (ROOT / "demem_lab").glob("*.py")} - {"__init__"}
-    assert modules == set(ORDER)
-    for place, name in enumerate(ORDER):
+    assert modules == set(order) and len(order) == len(set(order))
+    for place, name in enumerate(order):
         tree = ast.parse((ROOT / "demem_lab" / f"{name}.py").read_text())
         assert ast.get_docstring(tree), name
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "demem_lab":
                 used = [node.module.split(".")[1]] if "." in node.module else [a.name for a in node.names]
-                late = [u for u in used if u in ORDER and ORDER.index(u) >= place]
+                late = [u for u in used if u in order and order.index(u) >= place]
                 assert not late, f"{name} imports {late}"
 
 

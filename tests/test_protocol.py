@@ -21,7 +21,7 @@ from demem_lab.objectives import AWP, PGDAT, TRADES, Natural
 from demem_lab.optimizers import HalfFlat, StepDecay
 from demem_lab.precision import Precision
 from demem_lab.protocol import PROFILES, Protocol, arms_of, run
-from demem_lab.results import ATTACKS, PUBLISHED, Results, kept, measure
+from demem_lab.results import ATTACKS, PUBLISHED, Results, check_measurable, kept, measure
 from demem_lab.signals import confidence, logit_margin
 from demem_lab.streams import key, model_seeds
 
@@ -143,6 +143,77 @@ def test_a_file_never_loses_the_arms_it_has(done, tmp_path):
     assert Results.load(tmp_path / "new.json").arms == {name: results.arms[name] for name in ("none", "drop")}
 
 
+@pytest.mark.parametrize(("change", "words"), [
+    ({"seed": 1}, "holds a run with seed 0, and this one has seed 1; save elsewhere"),
+    ({"subset": 200}, "holds a run with subset 240, images 240, and this one has subset 200, images 200; save elsewhere"),
+    ({"lams": (0.2, 0.7)}, r"holds a run with lams \[0.2, 0.6\], and this one has lams \[0.2, 0.7\]"),
+])
+def test_a_file_of_another_protocol_is_left_alone(done, monkeypatch, change, words):
+    _, store, file = done
+    before = file.read_text()
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises(ValueError, match=words):
+        run(replace(SMALL, **change), store=store, progress=False, save=file)
+    assert file.read_text() == before
+
+
+def test_what_a_file_has_stays_until_it_is_measured_again(done, tmp_path, monkeypatch):
+    results, store, _ = done
+    file, tables, arms = tmp_path / "r.json", protocol._tables, ("none", "drop", "SelectiveDP")
+    whole_ = run(SMALL, arms=arms, store=store, progress=False, save=file)
+    old = json.loads(file.read_text())
+    old["arms"]["drop"]["clean accuracy"], old["provenance"]["commit"] = [0.5] * 6, "before"
+    file.write_text(json.dumps(old))
+
+    def second_arm_fails(*arguments, **how):
+        if arguments[5] == "drop":
+            raise KeyboardInterrupt
+        return tables(*arguments, **how)
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(protocol, "_tables", second_arm_fails)
+        with pytest.raises(KeyboardInterrupt):
+            run(SMALL, arms=arms, store=store, progress=False, save=file)
+    left = Results.load(file)
+    assert list(left.arms) == list(left.guarantees) == list(arms) and left.arms["drop"]["clean accuracy"] == [0.5] * 6
+    assert left.provenance["kept from before"] == {
+        "arms": ["drop", "SelectiveDP"], "date": whole_.provenance["date"], "commit": "before",
+    }
+    run(SMALL, arms=arms, store=store, progress=False, save=file)
+    assert Results.load(file).arms == {name: results.arms[name] for name in arms}
+    assert "kept from before" not in Results.load(file).provenance
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"fraction": 0.0}, "^fraction 0.0 treats 0 of 240 images, so that model 0 has no members among the treated, and nothing"),
+    ({"fraction": 1.0}, "^fraction 1.0 treats 240 of 240 images, .* has no members among the others"),
+    ({"risk_threshold": 1e9}, "^risk_threshold 1000000000.0 treats 0 of 240"),
+    ({"fraction": 1 / 240}, "treats 1 of 240 images, so that model [01] has no (non-)?members among the treated"),
+])
+def test_groups_that_cannot_be_measured_are_refused_before_an_arm_is_trained(store, monkeypatch, change, words):
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr(protocol, "risk_score", lambda *_, **__: np.arange(240.0))
+    with pytest.raises(ValueError, match=words):
+        run(replace(SMALL, **change), store=store, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")
+def test_groups_that_can_be_measured_are_those_that_the_check_lets_through():
+    tables, y, members = made_tables(n=40)
+    for inside in (np.arange(40) < k for k in range(41)):
+        refused, failed = False, False
+        try:
+            check_measurable(members, inside, setting="fraction")
+        except ValueError:
+            refused = True
+        try:
+            found = measure(tables, y, members, at_risk=inside)
+            failed = not all(np.isfinite(v).all() for v in found.values())
+        except ValueError:
+            failed = True
+        assert refused == failed
+
+
 def test_rates_that_the_non_members_cannot_resolve_are_left_out():
     tables, y, members = made_tables()
     found = measure(tables, y, members, at_risk=np.arange(len(y)) < 100)
@@ -195,6 +266,7 @@ def whole(**changes):
 @pytest.mark.parametrize("content", [
     "not json", "{}", json.dumps({"arms": {}}), "[]", whole()[:40], whole()[:40] + "\x00\xff", whole(arms=[1]), whole(protocol=1),
     whole(arms={"none": {"AUC": 0.5}}), whole(arms={"none": {"AUC": ["0.5"]}}), whole(guarantees={}),
+    whole(arms={}, guarantees={}), whole(arms={"none": {}}),
 ])
 def test_another_file_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content.encode("latin-1"))
@@ -281,6 +353,8 @@ def test_who_is_treated_is_the_top_of_the_score():
     ({"models": 5}, "models must be even"), ({"models": 2}, "models must be"), ({"model": "vit"}, "model must be one of"),
     ({"risk_threshold": -1.0}, "risk_threshold must be"),
     ({"objective": "free"}, "objective must be one of"), ({"fraction": 1.5}, "fraction must be"),
+    ({"delta": 0.0}, r"delta must lie in \(0, 1\), got 0.0"), ({"delta": 1}, r"delta must lie in \(0, 1\), got 1"),
+    ({"lams": (0.2, 0.2000001)}, r"must not repeat, got \(0.2, 0.2000001\)"), ({"models": 6.0}, "models must be .*write 6"),
 ])
 def test_bad_settings_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
@@ -409,6 +483,8 @@ def test_every_number_of_a_protocol_is_checked_when_it_is_made(change):
     (lambda s, folder: run("smoke", store=s), "protocol must be a Protocol.*got 'smoke'"),
     (lambda s, folder: run(SMALL, store=s, save=folder), "save must name a file, and .* is a folder; give .*results.json"),
     (lambda s, folder: run(SMALL, store=s, arms="none"), r"arms must be a list of names.*got 'none'; write \('none',\)"),
+    (lambda s, folder: run(SMALL, store="/here"), r"store must be a Store, such as Store\('runs/store'\), got '/here'"),
+    (lambda s, folder: run(SMALL, store=s, executor=4), r"executor must be an Executor, such as farm.connect\(.*\), got 4"),
     (lambda s, folder: protocol.tune(SMALL, "zzz", (0.1,), store=s), "arm must be one of 'none', .*got 'zzz'"),
     (lambda s, folder: protocol.tune(SMALL, "none", 0.1, store=s), r"rates must be a list of learning rates, .*got 0.1"),
     (lambda s, folder: protocol.tune(SMALL, "none", ("0.1",), store=s), "a learning rate must be a number.*got '0.1'"),

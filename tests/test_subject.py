@@ -132,3 +132,73 @@ def test_weights_that_do_not_fit_say_why(tmp_path, content, words):
     with pytest.raises(ValueError, match=words) as caught:
         load_weights(Answers(), path)
     assert str(caught.value).isprintable() and "does not hold weights for this network" in str(caught.value)
+
+
+class InPlace(nn.Module):
+    """Normalises the images where they lie, as many a training script does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.apart = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), False
+
+    def forward(self, x):
+        return self.net((x - 0.5) / 0.25 if self.apart else x.sub_(0.5).div_(0.25))
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"eps": 0.1}, {"attack": NFGSM(0.1)}, {"attack": lambda net, x, y: x.add_(0.1).clamp_(0, 1)},
+])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_nobodys_images_are_changed_in_place(how, kind):
+    x, y, net = X.clone(), Y.clone(), InPlace().to(kind)
+    arrays = X.numpy().copy(), Y.numpy()
+    found = ask(net, members=(x, y), non_members=arrays, device="cpu", **how)
+    assert torch.equal(x, X) and np.array_equal(arrays[0], X.numpy()) and np.array_equal(found.arrays["member_inputs"], X.numpy())
+    assert not net._forward_pre_hooks
+    net.apart = True
+    wanted = ask(net, members=(x, y), non_members=arrays, device="cpu", **how)
+    assert found.arrays.keys() == wanted.arrays.keys()
+    assert all(np.allclose(found.arrays[name], a, atol=1e-6) for name, a in wanted.arrays.items())
+
+
+class Cut(Answers):
+    """A network whose answers do not hang on its images, for torch."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        if self.how == "detach":
+            return self.net(x.detach())
+        if self.how == "in place":
+            y = x.exp()
+            return self.net(y) + self.net(y.mul_(2))
+        with torch.no_grad() if self.how == "no_grad" else torch.inference_mode():
+            return self.net(x)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "detach", "in place"])
+@pytest.mark.parametrize("attacked", [{"eps": 0.1}, {"attack": PGD(0.1, 1)}, {"attack": NFGSM(0.1)}])
+def test_a_network_without_a_slope_is_one_sentence_where_it_needs_one(how, attacked):
+    net = Cut(how)
+    with pytest.raises(ValueError, match=r"needs the gradient of the answers at .*take torch.no_grad\(\), detach") as caught:
+        ask(net, members=(X, Y), non_members=(X, Y), device="cpu", **attacked)
+    assert "\n" not in str(caught.value) and not net._forward_pre_hooks
+    for fine in ({}, {"attack": lambda net, x, y: (x + 0.1).clamp(0, 1)}):
+        assert ask(net, members=(X, Y), non_members=(X, Y), device="cpu", **fine).arrays["member_logits"].shape == (20, 3)
+
+
+def test_a_softmax_at_the_end_is_to_be_left_out():
+    with pytest.raises(ValueError, match="answers with probabilities .*leave out the softmax at its end"):
+        ask(Answers(lambda z: z.softmax(-1)), members=(X, Y), non_members=(X, Y), device="cpu")
+    assert ask(Answers(lambda z: z.log_softmax(-1)), members=(X, Y), non_members=(X, Y), device="cpu").graded is None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_scripted_networks_are_asked_as_well():
+    net = torch.jit.trace(InPlace(), X[:2].clone())
+    x = X.clone()
+    ask(net, members=(x, Y), non_members=(x, Y), eps=0.1, device="cpu")
+    assert torch.equal(x, X)

@@ -1,6 +1,6 @@
 """Each point of the plane against the same arm trained by itself, and the slider's rule against brute force."""
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pandas as pd
@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from demem_lab import risk
 from demem_lab.comparison import measure
+from demem_lab.experiment import Experiment
 from demem_lab.live import Watch
 from demem_lab.mechanisms import DPSGD, SelectiveDP
+from demem_lab.sampling import Shuffled
 from demem_lab.signals import confidence
 from demem_lab.store import Store
 from demem_lab.sweep import COLUMNS, Plane, onion, recommend, sweep, train_point
@@ -210,7 +212,12 @@ def test_the_next_layer_by_brute_force(plane):
     (lambda p, lab: sweep(lab, noise_multipliers=(1, 1.0), fractions=(0.1,), seed=0), "must not repeat"),
     (lambda p, lab: sweep(lab, noise_multipliers=(1,), fractions=(0, 0.0), seed=0), "must not repeat"),
     (lambda p, lab: sweep(lab, noise_multipliers=(1,), fractions=(1.2,), seed=0), "fraction"),
-    (lambda p, lab: sweep(lab, noise_multipliers=(-1,), fractions=(0.2,), seed=0), "noise_multiplier"),
+    (lambda p, lab: sweep(lab, noise_multipliers=(-1,), fractions=(0.2,), seed=0), "noise multiplier"),
+    (lambda p, lab: sweep(lab, noise_multipliers=(), fractions=(0.2,), seed=0), r"noise_multipliers must be a list .*got \(\)"),
+    (lambda p, lab: sweep(lab, noise_multipliers=1.0, fractions=(0.2,), seed=0), "noise_multipliers must be a list .*got 1.0"),
+    (lambda p, lab: sweep(lab, noise_multipliers=(1.0,), fractions=[], seed=0), "fractions must be a list"),
+    (lambda p, lab: sweep(lab, noise_multipliers=("1",), fractions=(0.2,), seed=0), "a noise multiplier must be a number"),
+    (lambda p, lab: sweep(lab, noise_multipliers=(1,), fractions=(0.2,), seed=0, models=0), "models must be"),
 ])
 def test_bad_input(plane, lab, call, words):
     with pytest.raises(ValueError, match=words):
@@ -284,3 +291,22 @@ def test_the_first_layer_is_the_riskiest_and_the_second_those_who_surfaced(lab):
         assert np.array_equal(run.flagged & ~first, risk.protected_set(score, fraction=0.25).mask)
     with pytest.raises(ValueError, match="layer"):
         onion(lab, target=0.1, layer=0.0)
+
+
+@dataclass(frozen=True)
+class Shuffling(Experiment):
+    """A lab whose arms draw whole epochs."""
+
+    def recipe(self, **changes):
+        return replace(super().recipe(**changes), sampler=Shuffled(self.batch_size))
+
+
+def test_points_know_how_batches_were_drawn_and_each_promises_its_own(lab, plane):
+    settings = {f.name: getattr(lab, f.name) for f in fields(lab)}
+    points = sweep(Shuffling(**settings), noise_multipliers=(1.0,), fractions=(0.0, 0.2), seed=0).points
+    assert "nobody is protected" not in points["guarantee"][1] and "not Poisson samples" in points["guarantee"][1]
+    assert points["epsilon"].isna().all()
+    for _, point in plane.points.iterrows():
+        holds = point["noise_multiplier"] > 0 and point["protected"] > 0
+        assert (point["epsilon"] is not None and not np.isnan(point["epsilon"])) == holds, point["guarantee"]
+        assert "models differ" not in point["guarantee"]

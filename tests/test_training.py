@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,9 @@ from demem_lab import data
 from demem_lab.attacks import PGD
 from demem_lab.augment import CropFlip
 from demem_lab.data import member_masks
-from demem_lab.mechanisms import DPSGD, Drop, LossVariance, Plain, SelectiveDP
+from demem_lab.mechanisms import DPSGD, DownWeight, Drop, LossVariance, Mechanism, Plain, SelectiveDP, look_up
 from demem_lab.models import MLP, Network, ResNet18, SmallCNN
-from demem_lab.objectives import AWP, PGDAT, TRADES, Natural
+from demem_lab.objectives import AWP, PGDAT, TRADES, Natural, PerSample
 from demem_lab.optimizers import SGD, AdamW, HalfFlat
 from demem_lab.queries import gradient_norms, outputs
 from demem_lab.remedies import GradedRelease
@@ -497,3 +497,96 @@ def test_released_samples_leave_the_batches(tiny):
     chosen = recipe(mechanism=GradedRelease(until), sampler=Shuffled(6), epochs=8)
     trace = train(tiny, members, chosen, seeds=(0,), trace=True).trace[0]
     assert not np.isnan(trace[:4]).any() and np.isnan(trace[4:, :12]).all() and not np.isnan(trace[4:, 12:]).any()
+
+
+@dataclass(frozen=True)
+class Mine:
+    """An objective of one's own."""
+
+    wrap: int = 0
+
+    def __call__(self, net, x, y, index, *, rng, counts=None):
+        logits = net(x)
+        ce = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+        seen = [
+            lambda: PerSample(ce, ce, logits, y, index), lambda: ce, lambda: PerSample(ce.mean(), ce, logits, y, index),
+            lambda: PerSample(ce, ce.view(4, -1), logits, y, index), lambda: PerSample(ce[:, None], ce, logits, y, index),
+            lambda: PerSample(ce, 0.5, logits, y, index),
+        ]
+        return seen[self.wrap]()
+
+
+@pytest.mark.parametrize(("wrap", "words"), [
+    (1, "the objective Mine must return a PerSample, got "),
+    (2, r"loss of the objective Mine must have shape \[M\*B\] = .*got \[\];"),
+    (3, r"adversarial_ce of the objective Mine must have shape .*got \[4, "),
+    (4, r"loss of the objective Mine .*1\]; give one number a row"), (5, "adversarial_ce of the objective Mine .*no tensor"),
+])
+def test_an_objective_of_ones_own_that_answers_otherwise_is_one_sentence(tiny, wrap, words):
+    train(tiny, MEMBERS, recipe(objective=Mine(), epochs=1), seeds=SEEDS)
+    with pytest.raises(ValueError, match=words) as caught:
+        train(tiny, MEMBERS, recipe(objective=Mine(wrap), epochs=1), seeds=SEEDS, chunk=4)
+    assert "\n" not in str(caught.value)
+
+
+def no_dataclass(base):
+    class Careless(base):
+        """Whose author did not read the contract."""
+
+        def __call__(self, *given, **more):
+            raise AssertionError
+
+    return Careless()
+
+
+@dataclass(frozen=True)
+class Deaf:
+    """An objective that draws from a generator of its own."""
+
+    def __call__(self, net, x, y, index):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"mechanism": no_dataclass(Mechanism)}, r"mechanism must be a dataclass.*@dataclass\(frozen=True\) above class Careless"),
+    ({"objective": no_dataclass(object)}, r"objective must be a dataclass.*@dataclass\(frozen=True\) above class Careless"),
+    ({"objective": lambda net, x, y, index, **_: None}, "objective must be a dataclass"),
+    ({"objective": Deaf()}, r"objective is called with \(net, x, y, index, \*, rng, counts\), and Deaf does not take .*rng"),
+])
+def test_what_does_not_keep_the_contract_is_refused_when_the_recipe_is_made(change, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        recipe(**change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"executor": 4}, r"executor must be an Executor, such as farm.connect\('tcp://NODE:8786'\), got 4"),
+    ({"store": "/here"}, r"store must be a Store, such as Store\('runs/store'\), got '/here'"),
+])
+def test_where_to_train_and_keep_is_checked(tiny, given, words):
+    with pytest.raises(ValueError, match=words):
+        train(tiny, MEMBERS, recipe(), seeds=SEEDS, **given)
+
+
+@dataclass(frozen=True)
+class Unlearn(Mechanism):
+    """Gradient ascent on some samples."""
+
+    flagged: torch.Tensor
+    weight: float
+
+    def coefficients(self, batch):
+        return torch.where(look_up(self.flagged, batch), self.weight, 1.0)
+
+
+def test_a_sample_that_counts_less_than_nothing_is_climbed(tiny):
+    who = torch.arange(24) < 6
+    up, left, down = (
+        train(tiny, MEMBERS, recipe(objective=Natural(), mechanism=m), seeds=SEEDS, chunk=4, dtype=torch.float64)
+        for m in (Unlearn(who, -0.5), Drop(who), DownWeight(who, 0.5))
+    )
+    assert distance(up, left) > 1e-3
+    y = tiny.y[who].numpy()
+    losses = [-np.log(np.exp(z := outputs(e, tiny)[:, who]).clip(1e-30)
+                      / np.exp(z).sum(-1, keepdims=True))[:, np.arange(6), y].mean() for e in (up, left, down)]
+    assert losses[0] > losses[1] > losses[2]

@@ -17,7 +17,15 @@ def test_finite_names_value_and_range(value):
 
 
 def test_finite_and_integer_return_the_number():
-    assert validate.finite("a", 2.5, low=0, high=3) == 2.5 and validate.integer("b", 3.0) == 3
+    assert validate.finite("a", 2.5, low=0, high=3) == 2.5 and validate.integer("b", 3) == 3
+    for value in (np.int64(3), np.uint8(3), torch.tensor(3)):
+        assert validate.integer("b", value) == 3 and type(validate.integer("b", value)) is int
+
+
+@pytest.mark.parametrize("value", [10.0, np.float64(10), np.float32(10), torch.tensor(10.0)])
+def test_a_whole_number_is_not_a_float_with_which_callers_would_go_on(value):
+    with pytest.raises(ValueError, match="k must be a whole number, got .*10.*; write 10$"):
+        validate.integer("k", value, low=1, fix="take fewer")
 
 
 @pytest.mark.parametrize("value", ["2", "2.5", b"2", True, False])
