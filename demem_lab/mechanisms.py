@@ -289,7 +289,8 @@ class SelectiveDP(Mechanism):
     ) -> Guarantee:
         """(epsilon, delta) under add/remove for each single protected sample, conditional on the protected set.
 
-        row_by_row: whether images are changed and losses taken row by row (`Recipe.row_by_row`): else one sample's gradient
+        `protected=None` is a set that no data had a say in; flags that cover everybody are what `selection` says of them.
+        row_by_row: whether images are changed, passed and judged row by row (`Recipe.row_by_row`): else one sample's gradient
         holds others, and clipping it bounds nobody's part.
 
         Raises ValueError when the flags do not fit n samples.
@@ -304,7 +305,7 @@ class SelectiveDP(Mechanism):
             promised = NoGuarantee("batch normalisation mixes the samples of a batch; use norm='group'")
         elif not row_by_row:
             promised = NoGuarantee(
-                "the objective or the augmentation may mix rows; give its class `row_by_row = True` if each row is apart"
+                "network, objective or augmentation may mix rows; give its class `row_by_row = True` if each row is apart"
             )
         elif not poisson:
             promised = NoGuarantee("shuffled batches are not Poisson samples; train with Poisson(...)")
@@ -312,7 +313,7 @@ class SelectiveDP(Mechanism):
             promised = NoGuarantee("nobody is protected")
         else:
             promised = budget(noise_multiplier=sigma, sampling_rate=sampling_rate, steps=steps, delta=delta)
-        return Guarantee(promised, protected, n, self.selection)
+        return Guarantee(promised, protected, n, "fixed" if self.protected is None else self.selection)
 
 
 def DPSGD(noise_multiplier: Setting, max_grad_norm: Setting = 1.0) -> SelectiveDP:  # noqa: N802 - the method's name

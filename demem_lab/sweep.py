@@ -153,8 +153,11 @@ def _trained(
     for number, point in enumerate(points):
         part = run.part(slice(number * models, (number + 1) * models))
         found = measure(part, {"high risk": top, "rest": ~top}, fpr=fpr)
-        promised = recipe.mechanism.guarantee(
-            sampling_rate=run.sampling_rate, steps=run.steps, delta=lab.delta, n=lab.dataset.n, model=number * models
+        # everybody by a fraction of 1 is a set that no data had a say in; by a threshold (`added`) they had
+        fixed = point.fraction == 1 and not added
+        promised = replace(recipe.mechanism, selection="fixed" if fixed else "from_data").guarantee(
+            sampling_rate=run.sampling_rate, steps=run.steps, delta=lab.delta, n=lab.dataset.n, model=number * models,
+            row_by_row=recipe.row_by_row,
         )
         rows.append({
             "noise_multiplier": point.noise_multiplier, "fraction": point.fraction,
