@@ -24,6 +24,7 @@ from torch import Tensor
 from demem_lab.accounting import NoGuarantee, budget
 from demem_lab.guarantees import Guarantee
 from demem_lab.objectives import PerSample
+from demem_lab.precision import whole_products
 from demem_lab.streams import Streams
 from demem_lab.validate import choice, finite, flags
 
@@ -228,10 +229,11 @@ class SelectiveDP(Mechanism):
         losses = torch.where(valid, per_sample.loss.view_as(valid), 0)
         deltas = iter(net.unscaled(torch.autograd.grad(losses.sum(), outputs)))
         by_layer = [(layer, [next(deltas) for _ in layer.calls]) for layer in layers]
-        weights = self._factors(by_layer, valid, clipped, rows, losses)
         gradients = {}
-        for layer, own in by_layer:
-            gradients.update(zip(layer.parameters(), layer.weighted_gradients(own, weights), strict=True))
+        with whole_products():  # noise is measured for the bound, not for the bound and what a norm's lost digits add to it
+            weights = self._factors(by_layer, valid, clipped, rows, losses)
+            for layer, own in by_layer:
+                gradients.update(zip(layer.parameters(), layer.weighted_gradients(own, weights), strict=True))
         return [gradients[p] for p in net.parameters()]
 
     def _factors(self, by_layer, valid: Tensor, clipped: Tensor, rows: Tensor | None, losses: Tensor) -> Tensor:

@@ -397,6 +397,29 @@ def test_rounding_is_named_where_unprotected_samples_share_the_sums():
     assert "rounding" not in str(DPSGD(1.0).guarantee(**SETTING))
 
 
+@pytest.mark.parametrize("digits", ["high", "medium"])
+@pytest.mark.parametrize("model", [MLP((48,)), SmallCNN(width=8, hidden=16)], ids=["MLP", "SmallCNN"])
+def test_clipping_keeps_all_digits_where_the_process_asked_for_fewer(model, digits, monkeypatch):
+    """One sample a model, twice through the network, as TRADES does; what is left of it is as long as the bound says."""
+    def longest():
+        net = model.build(models=8, shape=(1, 8, 8), classes=4, seeds=tuple(range(8)))
+        x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+        valid, flat = torch.ones(8, 1, dtype=torch.bool), torch.zeros(8, dtype=torch.int64)
+        batch = Batch(torch.zeros(8, 1, dtype=torch.int64), valid, 1.0, 0, 1, Streams(tuple(range(8)), "noise"))
+        with net.recording():
+            logits = net(x)
+            loss = (net(0.9 * x) - 0.3 * logits).square().sum(1) * 100
+            update = SelectiveDP(0.0, 0.01).update(net, PerSample(loss, loss, logits, flat, flat), batch)
+        return sum(g.double().flatten(1).square().sum(1) for g in update).sqrt().max() / 0.01
+
+    torch.set_float32_matmul_precision(digits)
+    try:
+        assert longest() == pytest.approx(1, abs=1e-5)
+        assert torch.get_float32_matmul_precision() == digits
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_each_model_is_promised_by_its_own_settings():
     mechanism = SelectiveDP((0.0, 1.0, 4.0), 1.0, torch.arange(100) < torch.tensor([[10], [20], [0]]))
     first, second, third = (mechanism.guarantee(**SETTING, model=m) for m in range(3))
