@@ -18,7 +18,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,9 @@ from pathlib import Path
 from demem_lab.validate import choice, finite, integer
 
 VACUOUS = 50.0  # above this RDP epsilon a tighter number changes nothing, and PLD becomes slow
+PLD_FROM = 0.3  # with less noise, PLD takes long for one number and too long for a search
+# Between these the accountants can compute. More noise than MOST is taken for MOST, which is still a bound.
+LEAST, MOST = 1e-4, 1e6
 ACCOUNTANTS = ("PLD", "RDP")
 BELOW = "RDP, here below PLD"
 
@@ -53,7 +56,7 @@ class Budget:
 
     def __str__(self) -> str:
         looser = ", looser" if self.accountant == "RDP" else ""
-        return f"epsilon {bound(self.epsilon)} at delta {self.delta:.3g} ({self.accountant}{looser})"
+        return f"epsilon {bound(self.epsilon)} at delta {bound(self.delta)} ({self.accountant}{looser})"
 
 
 def bound(value: float, *, upper: bool = True) -> str:
@@ -74,7 +77,7 @@ def budget(
 ) -> Budget | NoGuarantee:
     """The budget spent by `steps` noisy sums, each sample in each batch with probability `sampling_rate`.
 
-    noise_multiplier: noise std divided by the clipping bound, >= 0; 0 gives NoGuarantee. steps: 0 spends nothing.
+    noise_multiplier: noise std divided by the clipping bound, >= 0; under 1e-4 it gives NoGuarantee. steps: 0 spends nothing.
     accountant: "PLD", "RDP" or None for the default rule (PLD unless RDP already says epsilon > 50, or says less than PLD).
     Raises ValueError for values out of range.
     """
@@ -85,12 +88,18 @@ def budget(
         return NoGuarantee("no noise is added")
     if steps == 0:
         return Budget(0.0, delta, accountant or "PLD", sigma, rate, steps)
+    if sigma < LEAST:
+        return _too_little(sigma)
     loose = None if accountant == "PLD" else _epsilon("RDP", sigma, rate, steps, delta)
     if accountant == "RDP" or (accountant is None and loose > VACUOUS):
         if loose == float("inf"):
-            return NoGuarantee(f"noise multiplier {sigma:g} is too small for the accountant to bound epsilon")
+            return _too_little(sigma)
         return Budget(loose, delta, "RDP", sigma, rate, steps)
     return _smaller(Budget(_epsilon("PLD", sigma, rate, steps, delta), delta, "PLD", sigma, rate, steps), loose)
+
+
+def _too_little(sigma: float) -> NoGuarantee:
+    return NoGuarantee(f"noise multiplier {sigma:g} is too small for the accountant to bound epsilon")
 
 
 def _smaller(tight: Budget, loose: float | None) -> Budget | NoGuarantee:
@@ -113,7 +122,7 @@ def budget_in_time(
     sigma, rate, steps, delta = _checked(noise_multiplier, sampling_rate, steps, delta)
     asked = {"noise_multiplier": sigma, "sampling_rate": rate, "steps": steps, "delta": delta}
     loose = budget(**asked, accountant="RDP")
-    if sigma == 0 or steps == 0:
+    if sigma < LEAST or steps == 0:
         return loose
     script = (
         "import json, sys; from demem_lab.accounting import budget; "
@@ -145,26 +154,54 @@ def usual_delta(n: int) -> float:
 
 
 def noise_multiplier_for(*, epsilon: float, sampling_rate: float, steps: int, delta: float) -> float:
-    """The smallest noise multiplier (to 1e-3) whose PLD epsilon is at most `epsilon`. ValueError out of range.
+    """Noise that is enough for `epsilon`: the least (to 1e-3; above 1, to a thousandth of it) of 0.3 and more by PLD.
 
-    Under a noise multiplier of 0.3, where PLD takes minutes, by RDP: still enough noise, and a little more than needed.
+    Below 0.3, where PLD takes minutes, the least by RDP: enough, and often more than needed. So 0.3 can be more than needed
+    too. ValueError out of range, or where no noise up to 1e6 is enough by either.
     """
-    finite("epsilon", epsilon, low=0.01, high=VACUOUS, fix="above 50 the promise is empty")
+    epsilon = finite("epsilon", epsilon, low=0.01, high=VACUOUS, fix="above 50 the promise is empty")
     _, rate, steps, delta = _checked(1.0, sampling_rate, steps, delta)
     integer("steps", steps, low=1)
-    import dp_accounting
-    from dp_accounting.mechanism_calibration import NoBracketIntervalFoundError
+    from scipy.optimize import brentq
 
-    def calibrated(lowest: float, ledger) -> float:
-        bracket = dp_accounting.LowerEndpointAndGuess(lowest, 1.0)
-        return dp_accounting.calibrate_dp_mechanism(
-            ledger, lambda sigma: _event(sigma, rate, steps), epsilon, delta, bracket, tol=1e-3
-        )
+    def loose(sigma: float) -> float:
+        return _epsilon("RDP", sigma, rate, steps, delta)
 
-    try:
-        return calibrated(0.3, _pld)
-    except NoBracketIntervalFoundError:  # so few steps that less noise will do
-        return calibrated(0.02, _rdp)
+    def tight(sigma: float) -> float:
+        return min(_epsilon("PLD", sigma, rate, steps, delta), 2 * VACUOUS)  # a root is not found among infinities
+
+    # RDP first, as it costs milliseconds everywhere: with too little noise PLD takes minutes and gigabytes, for a number that
+    # nobody wants. From there down it is asked near the answer only.
+    high = _least(lambda sigma: loose(sigma) <= epsilon)
+    if high is None:  # of very small epsilons and deltas RDP has no number
+        high = _least(lambda sigma: loose(sigma) <= VACUOUS)
+        while high < MOST and tight(high) > epsilon:
+            high = min(2 * high, MOST)
+        if tight(high) > epsilon:
+            raise ValueError(f"no noise multiplier up to {MOST:g} gives epsilon {epsilon:g} at delta {delta:g}; ask for more")
+    if high < PLD_FROM or tight(high) > epsilon:
+        return high
+    low = high
+    while tight(low) <= epsilon:
+        if low == PLD_FROM:
+            return low
+        low, high = max(PLD_FROM, 0.8 * low), low
+    near = 5e-4 * max(1.0, high)
+    found = brentq(lambda sigma: tight(sigma) - epsilon, low, high, xtol=near)
+    return next(sigma for sigma in (found, found + near, high) if tight(sigma) <= epsilon)
+
+
+def _least(enough: Callable[[float], bool]) -> float | None:
+    """The least noise multiplier (to a ten-thousandth of it) that is enough, of 0.01 and more; None where 1e6 is not."""
+    low, high = 0.01, 1.0
+    while not enough(high):
+        if high == MOST:
+            return None
+        low, high = high, min(4 * high, MOST)
+    while high > 1.0001 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def epsilon_curve(noise_multipliers: Sequence[float], *, sampling_rate: float, steps: int, delta: float, accountant="RDP"):
@@ -186,6 +223,7 @@ def _checked(sigma: float, rate: float, steps: int, delta: float) -> tuple[float
 
 @lru_cache(maxsize=4096)
 def _epsilon(accountant: str, sigma: float, rate: float, steps: int, delta: float) -> float:
+    sigma = min(sigma, MOST)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orders that do not converge are left out: still an upper bound
     if accountant == "PLD":
         return float(_pld().compose(_event(sigma, rate, steps)).get_epsilon(delta))

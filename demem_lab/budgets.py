@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from demem_lab.accounting import Budget, NoGuarantee, budget
+from demem_lab.accounting import MOST, Budget, NoGuarantee, budget
 from demem_lab.guarantees import Guarantee
 from demem_lab.mechanisms import Batch, SelectiveDP, look_up
 from demem_lab.validate import finite, integer
@@ -69,7 +69,7 @@ class BudgetedDP(SelectiveDP):
         longest = int((allowed[model] if allowed.ndim == 2 else allowed).max())
         promised = super().guarantee(steps=min(steps, longest), model=model, **settings)
         private = (PRIVATE,) if self.selection == "from_data" else ()
-        return replace(promised, not_accounted=(*promised.not_accounted, *private), budgets=True)
+        return replace(promised, not_accounted=(*promised.not_accounted, *private), budgets=self.selection)
 
     def spent(self, *, sampling_rate: float, steps: int, delta: float, model: int = 0) -> dict[int, Budget | NoGuarantee]:
         """{steps a protected sample took part in: what it spent}. Not for publication: who spent what is information itself."""
@@ -103,7 +103,7 @@ def steps_within(
     rate, most = finite("sampling_rate", sampling_rate, low=0, high=1), integer("most", most, low=0)
     delta = finite("delta", delta, low=1e-300, high=0.99)
     accountant = RdpAccountant()
-    once = dp.GaussianDpEvent(sigma)
+    once = dp.GaussianDpEvent(min(sigma, MOST))
     accountant.compose(once if rate == 1 else dp.PoissonSampledDpEvent(rate, once))
     orders, charge = np.asarray(accountant.orders, dtype=np.float64), np.asarray(accountant.rdp, dtype=np.float64)
     usable = (orders > 1) & np.isfinite(charge) & (charge > 0)

@@ -31,7 +31,7 @@ from demem_lab.sampling import Poisson
 from demem_lab.streams import Streams, key, model_seeds
 from demem_lab.validate import finite, integer
 
-LOUD = 1e3  # how much longer than usual bounds a probe's gradient is; also keeps the shared bias out of the picture
+LOUD = 1e3  # how much longer than the bound, or than 1, a probe's gradient is; keeps the shared bias out of the picture
 Build = Callable[[Tensor], Mechanism]  # protected bool [N] -> the mechanism to audit
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]  # updates [T, steps, D], canary columns [m] -> scores [T, m]
 
@@ -125,8 +125,11 @@ def _released(
     integer("steps", steps, low=1)
     finite("sampling_rate", sampling_rate, low=1e-6, high=1)
     trials, n = members.shape
+    bounds = np.atleast_1d(getattr(mechanism, "max_grad_norm", 1.0))
+    fix = "a probe's gradient is longer still, and float32 cannot square it; audit with a smaller bound"
+    loud = LOUD * max(1.0, *(finite("max_grad_norm", float(b), low=0, high=1e12, fix=fix) for b in bounds))
     claimed = mechanism.guarantee(sampling_rate=sampling_rate, steps=steps, delta=delta, n=n)
-    x = LOUD * torch.eye(n)[:, None, None]  # sample i's gradient is loud, and along axis i
+    x = loud * torch.eye(n)[:, None, None]  # sample i's gradient is loud, and along axis i
     seeds, out = model_seeds(key(seed, "white box") % 2**31, trials), []
     at_once = max(1, 20_000_000 // (n * n))
     for first in range(0, trials, at_once):

@@ -36,8 +36,8 @@ class LowerBound:
 
     def __str__(self) -> str:
         return (
-            f"epsilon >= {bound(self.epsilon, upper=False)} at delta {self.delta:.3g} with {self.confidence:.0%} confidence "
-            f"({self.method}, {self.detail}; at most {self.most:.3g} could have been seen)"
+            f"epsilon >= {bound(self.epsilon, upper=False)} at delta {self.delta:.3g} with {100 * self.confidence:g} % "
+            f"confidence ({self.method}, {self.detail}; at most {self.most:.3g} could have been seen)"
         )
 
 

@@ -27,7 +27,7 @@ from demem_lab.accounting import usual_delta
 from demem_lab.attacks import PGD, cross_entropy, margin
 from demem_lab.data import Dataset
 from demem_lab.live import Watch
-from demem_lab.mechanisms import DPSGD, Mechanism, Plain
+from demem_lab.mechanisms import DPSGD, Mechanism, Plain, SelectiveDP
 from demem_lab.models import MLP, Spec, by_name
 from demem_lab.objectives import PGDAT, Objective
 from demem_lab.optimizers import SGD
@@ -227,11 +227,18 @@ class Experiment:
     ) -> list[Run]:
         """One arm that treats some samples with mechanism `how(flags)`, at every reported seed; flags are bool [N].
 
-        Who: as in `flags`, as many at random (`random`), or whoever `choose(seed)` says.
+        Who: as in `flags`, as many at random (`random`), or whoever `choose(seed)` says. A `SelectiveDP` of the fraction 1 is
+        of everybody, a set that no data had a say in, and promises so.
         """
         find = choose or (self.random_flags if random else self.flags)
         settings = {} if choose else {"fraction": fraction, "risk_threshold": risk_threshold}
-        return self._each_seed(name, how, {seed: find(seed, **settings) for seed in self.seeds}, **changes)
+
+        def made(who: Flags) -> Mechanism:
+            mechanism = how(who)
+            by_data = fraction != 1 or choose or type(mechanism) is not SelectiveDP or mechanism.selection != "from_data"
+            return mechanism if by_data else replace(mechanism, selection="fixed")
+
+        return self._each_seed(name, made, {seed: find(seed, **settings) for seed in self.seeds}, **changes)
 
     def arm(self, name: str, **changes) -> list[Run]:
         """One arm that treats everybody alike, at every reported seed; a tuple has an entry for each model of a seed."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from demem_lab.accounting import NoGuarantee, budget
 from demem_lab.guarantees import Guarantee
 from demem_lab.objectives import PerSample
+from demem_lab.precision import whole_products
 from demem_lab.streams import Streams
 from demem_lab.validate import choice, finite, flags
 
@@ -233,10 +234,11 @@ class SelectiveDP(Mechanism):
         losses = torch.where(valid, per_sample.loss.view_as(valid), 0)
         deltas = iter(net.unscaled(torch.autograd.grad(losses.sum(), outputs)))
         by_layer = [(layer, [next(deltas) for _ in layer.calls]) for layer in layers]
-        weights = self._factors(by_layer, valid, clipped, rows, losses)
         gradients = {}
-        for layer, own in by_layer:
-            gradients.update(zip(layer.parameters(), layer.weighted_gradients(own, weights), strict=True))
+        with whole_products():  # noise is measured for the bound, not for the bound and what a norm's lost digits add to it
+            weights = self._factors(by_layer, valid, clipped, rows, losses)
+            for layer, own in by_layer:
+                gradients.update(zip(layer.parameters(), layer.weighted_gradients(own, weights), strict=True))
         return [gradients[p] for p in net.parameters()]
 
     def _factors(self, by_layer, valid: Tensor, clipped: Tensor, rows: Tensor | None, losses: Tensor) -> Tensor:
@@ -294,7 +296,8 @@ class SelectiveDP(Mechanism):
     ) -> Guarantee:
         """(epsilon, delta) under add/remove for each single protected sample, conditional on the protected set.
 
-        row_by_row: whether images are changed and losses taken row by row (`Recipe.row_by_row`): else one sample's gradient
+        `protected=None` is a set that no data had a say in; flags that cover everybody are what `selection` says of them.
+        row_by_row: whether images are changed, passed and judged row by row (`Recipe.row_by_row`): else one sample's gradient
         holds others, and clipping it bounds nobody's part.
 
         Raises ValueError when the flags do not fit n samples.
@@ -309,7 +312,7 @@ class SelectiveDP(Mechanism):
             promised = NoGuarantee("batch normalisation mixes the samples of a batch; use norm='group'")
         elif not row_by_row:
             promised = NoGuarantee(
-                "the objective or the augmentation may mix rows; give its class `row_by_row = True` if each row is apart"
+                "network, objective or augmentation may mix rows; give its class `row_by_row = True` if each row is apart"
             )
         elif not poisson:
             promised = NoGuarantee("shuffled batches are not Poisson samples; train with Poisson(...)")
@@ -317,7 +320,7 @@ class SelectiveDP(Mechanism):
             promised = NoGuarantee("nobody is protected")
         else:
             promised = budget(noise_multiplier=sigma, sampling_rate=sampling_rate, steps=steps, delta=delta)
-        return Guarantee(promised, protected, n, self.selection)
+        return Guarantee(promised, protected, n, "fixed" if self.protected is None else self.selection)
 
 
 def DPSGD(noise_multiplier: Setting, max_grad_norm: Setting = 1.0) -> SelectiveDP:  # noqa: N802 - the method's name

@@ -161,7 +161,11 @@ def _with_slope(x: Tensor, factor: float) -> Tensor:
 
 
 class Spec(Protocol):
-    """What describes an architecture before the data are known."""
+    """What describes an architecture before the data are known.
+
+    One whose networks give a row logits that depend on that row alone says so by a class attribute `row_by_row = True`,
+    without which nothing is promised to anybody. (Batch normalisation mixes rows whatever it says.)
+    """
 
     def build(self, *, models: int, shape: Sequence[int], classes: int, seeds: Sequence[int], device="cpu") -> Network: ...
 

@@ -12,6 +12,8 @@ are taken depends on the samples, and a privacy guarantee that counts steps woul
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from enum import Enum
 
 import torch
@@ -26,7 +28,8 @@ class Precision(Enum):
     """Of the layers: AUTO is bfloat16 on GPUs that have it, float16 on older ones, float32 on a CPU.
 
     With FLOAT32, convolutions on a GPU since Ampere multiply in TF32 (eleven bits) unless you set
-    torch.backends.cudnn.allow_tf32 = False; clipped sums never do.
+    torch.backends.cudnn.allow_tf32 = False; clipped sums never do. Nor do norms and clipped sums follow a lowered
+    torch.set_float32_matmul_precision (`whole_products`).
     """
 
     FLOAT32 = "float32"
@@ -49,6 +52,51 @@ def resolve(precision: Precision, device: torch.device | str) -> Precision:
     if torch.device(device).type != "cuda":
         return Precision.FLOAT32
     return Precision.BFLOAT16 if torch.cuda.get_device_capability(device) >= (8, 0) else Precision.FLOAT16
+
+
+_lock, _inside, _found = threading.Lock(), 0, []
+
+
+@contextmanager
+def whole_products():
+    """Inside, matrix products keep all digits of float32, whatever torch.set_float32_matmul_precision was told.
+
+    The setting is the process's, and chunks are trained by threads: the first to come in keeps what it found, the last to go
+    out puts that back, so nobody between them is left with fewer digits (who is elsewhere meanwhile has more, which harms no
+    promise). A GPU's kernels are chosen while a pass is recorded: recorded inside, it keeps all digits when it is played.
+    """
+    global _inside, _found
+    with _lock:
+        if not _inside:
+            _found = _digits()
+            _set_digits(["ieee"] * len(_found))
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _set_digits(_found)
+
+
+def _digits() -> list[str]:
+    # not get_float32_matmul_precision, where torch has these: it refuses to answer once somebody has set one of them
+    return [place.fp32_precision for place in _places()] or [torch.get_float32_matmul_precision()]
+
+
+def _set_digits(digits: list[str]) -> None:
+    for place, wanted in zip(_places(), digits, strict=False):
+        place.fp32_precision = wanted
+    if not _places():
+        torch.set_float32_matmul_precision("highest" if digits == ["ieee"] else digits[0])
+
+
+def _places() -> list:
+    """Where torch (since 2.9) keeps the settings: on a GPU, and on a CPU, whose convolutions have one of their own."""
+    backends = torch.backends
+    places = (backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None), getattr(backends.mkldnn, "conv", None))
+    return [place for place in places if hasattr(place, "fp32_precision")]
 
 
 class Scaler:

@@ -64,11 +64,13 @@ class Recipe:
 
     @property
     def row_by_row(self) -> bool:
-        """Whether objective and augmentation say that what they do to a row depends on that row alone (`row_by_row = True`).
+        """Whether network, objective and augmentation say that what they do to a row depends on that row alone.
+
+        They say it by `row_by_row = True`. Batch normalisation is looked for apart from it.
 
         Privacy noise is measured for one row's gradient: where rows mix, one sample moves those of others as well.
         """
-        return all(getattr(part, "row_by_row", False) for part in (self.objective, self.augment) if part is not None)
+        return all(getattr(part, "row_by_row", False) for part in (self.model, self.objective, self.augment) if part is not None)
 
 
 def _check_called(objective: Objective) -> None:

@@ -158,7 +158,9 @@ def _trained(
     for number, point in enumerate(points):
         part = run.part(slice(number * models, (number + 1) * models))
         found = measure(part, {"high risk": top, "rest": ~top}, fpr=fpr)
-        promised = part.guarantee
+        # everybody by a fraction of 1 is a set that no data had a say in; by a threshold (`added`) they had
+        fixed = point.fraction == 1 and not added
+        promised = replace(part.guarantee, selection="fixed" if fixed else "from_data")
         rows.append({
             "noise_multiplier": point.noise_multiplier, "fraction": point.fraction,
             "risk_threshold": point.who.risk_threshold, "protected": int(point.who.mask.sum()), "lr": point.lr,

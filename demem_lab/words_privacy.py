@@ -78,7 +78,7 @@ def budget_words(
         promise, known = f"<b>epsilon ≤ {bound(loose.epsilon)}</b> (RDP, looser)", loose.epsilon
         if isinstance(tight, Budget) and tight.accountant == "PLD":
             promise, known = promise + f"; <b>epsilon {bound(tight.epsilon)}</b> (PLD, tight)", tight.epsilon
-        promise += f" at delta {setting.delta:.3g}. {_strength(known)}"
+        promise += f" at delta {bound(setting.delta)}. {_strength(known)}"
         if setting.delta * setting.members >= 1:
             promise += f" <b>delta is not below 1/{setting.members:,.0f}</b>: publishing one sample at random would pass."
     elsewhere = ""

@@ -1,5 +1,8 @@
 """Epsilon against Opacus, against the closed form of the plain Gaussian mechanism, and against common sense."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,6 +22,7 @@ from demem_lab.accounting import (
     noise_multiplier_for,
     usual_delta,
 )
+from demem_lab.guarantees import Guarantee
 
 SETTINGS = [(1.0, 0.07, 420, 1e-4), (1.1, 0.01, 1000, 1e-5), (3.0, 0.07, 420, 1e-4)]
 
@@ -195,9 +199,71 @@ def test_epsilon_is_dp_accountings_own(accountant):
     assert ours.epsilon == pytest.approx(ledger.get_epsilon(1e-5), rel=1e-12)
 
 
-def test_delta_is_said_as_it_is():
-    found = budget(noise_multiplier=2.0, sampling_rate=0.1, steps=10, delta=1.6e-5)
-    assert "delta 1.6e-05" in str(found)
+@pytest.mark.parametrize(("delta", "said"), [
+    (1.6e-5, "1.6e-05"), (1e-4, "0.0001"), (1e-5, "1e-05"), (1.2341e-5, "1.24e-05"), (0.000123401, "0.000124"),
+])
+def test_delta_is_said_as_it_is_or_larger(delta, said):
+    found = budget(noise_multiplier=2.0, sampling_rate=0.1, steps=10, delta=delta)
+    assert f"delta {said} " in str(found)
+    assert f", {said})-DP" in str(Guarantee(found, 100, 100, "fixed"))
+
+
+def exactly(sigma, steps, delta):
+    """Epsilon of the plain Gaussian mechanism (Balle & Wang 2018, theorem 8)."""
+    mu = np.sqrt(steps) / sigma
+    return brentq(lambda e: norm.cdf(mu / 2 - e / mu) - np.exp(e + norm.logcdf(-mu / 2 - e / mu)) - delta, 0, 200)
+
+
+@pytest.mark.parametrize(("epsilon", "steps"), [(1.0, 2000), (1.0, 100_000), (8.0, 1), (30.0, 3)])
+def test_noise_for_full_batches_is_that_of_the_analytic_gaussian_and_takes_no_memory(epsilon, steps):
+    code = (
+        "import resource, sys; from demem_lab.accounting import noise_multiplier_for as f; "
+        "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); "
+        f"print(f(epsilon={epsilon}, sampling_rate=1.0, steps={steps}, delta=1e-5))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-300:]
+    sigma = float(done.stdout)
+    assert exactly(sigma, steps, 1e-5) <= epsilon + 1e-9
+    assert exactly(sigma - 0.003 * max(1, sigma), steps, 1e-5) > epsilon
+
+
+@pytest.mark.parametrize(("epsilon", "rate", "steps", "delta"), [
+    (2.0, 0.05, 60, 1e-4), (0.5, 0.3, 5, 1e-3), (1.0, 1.0, 7, 1e-5), (0.01, 0.5, 40, 1e-10), (0.01, 0.01, 10**6, 1e-5),
+])
+def test_noise_for_a_wanted_epsilon_is_enough_and_little_less_is_not(epsilon, rate, steps, delta):
+    setting = {"sampling_rate": rate, "steps": steps, "delta": delta}
+    sigma = noise_multiplier_for(epsilon=epsilon, **setting)
+    assert budget(noise_multiplier=sigma, **setting).epsilon <= epsilon
+    assert budget(noise_multiplier=sigma * 0.997, **setting).epsilon > epsilon
+
+
+def test_a_wanted_epsilon_that_no_noise_gives_by_the_accountants_is_refused(monkeypatch):
+    monkeypatch.setattr(accounting, "_epsilon", lambda *_: 3.0)
+    with pytest.raises(ValueError, match=r"no noise multiplier up to 1e\+06 gives epsilon 1 at delta 1e-05; ask for more"):
+        noise_multiplier_for(epsilon=1.0, sampling_rate=0.1, steps=5, delta=1e-5)
+
+
+def test_where_the_sample_is_hardly_ever_drawn_the_floor_of_pld_is_said():
+    """With probability 1 - 1e-6 nobody looks at it: no noise is needed at this delta, and 0.3 is the least that is tried."""
+    assert noise_multiplier_for(epsilon=1.0, sampling_rate=1e-6, steps=1, delta=1e-4) == 0.3
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.01])
+@pytest.mark.parametrize("accountant", [None, "RDP"])
+def test_noise_out_of_all_proportion_is_answered(rate, accountant):
+    setting = {"sampling_rate": rate, "steps": 10, "delta": 1e-5, "accountant": accountant}
+    for sigma in (1e-300, 1e-200, 1e-9):
+        assert "too small for the accountant" in str(budget(noise_multiplier=sigma, **setting))
+    for sigma in (1e7, 1e160, 1e308):  # as if it were 1e6: more noise gives no less privacy
+        found = budget(noise_multiplier=sigma, **setting)
+        assert found.epsilon == budget(noise_multiplier=1e6, **setting).epsilon and found.noise_multiplier == sigma
+    assert budget(noise_multiplier=1e-200, **setting | {"steps": 0}).epsilon == 0
+
+
+def test_noise_out_of_all_proportion_is_answered_in_time():
+    assert isinstance(budget_in_time(60, **GOOD | {"noise_multiplier": 1e-200}), NoGuarantee)
+    assert budget_in_time(120, **GOOD | {"noise_multiplier": 1e160}).epsilon < 0.01
 
 
 @given(st.floats(1e-4, 1e6), st.booleans())

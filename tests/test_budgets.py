@@ -134,6 +134,8 @@ def test_the_guarantee_is_that_of_the_longest_serving(flags):
     assert PRIVATE not in str(replace(mechanism, selection="public").guarantee(steps=10, n=len(flags), **terms))
     everybody = replace(mechanism, protected=None).guarantee(steps=500, n=len(flags), **terms)
     assert "all samples" in str(everybody) and "given the budgets; end to end: none" in str(everybody)
+    covers = replace(mechanism, protected=torch.ones_like(flags)).guarantee(steps=500, n=len(flags), **terms)
+    assert "all samples" in str(covers) and "given the set and the budgets; end to end: none" in str(covers)
     public = replace(mechanism, protected=None, selection="public").guarantee(steps=500, n=len(flags), **terms)
     assert "end to end" not in str(public)
     spent = mechanism.spent(steps=500, **terms)
@@ -179,6 +181,11 @@ def test_a_row_for_each_model_is_cut_with_the_models(tiny, flags):
 def test_steps_that_do_not_fit_are_refused(tiny, flags, allowed):
     with pytest.raises(ValueError, match="allowed must hold a whole number >= 0 for each of 24 samples"):
         trained(tiny, BudgetedDP(SIGMA, 1.0, flags, allowed=allowed))
+
+
+def test_more_noise_than_the_accountant_can_square_is_taken_for_less():
+    terms = {"sampling_rate": 0.1, "delta": 1e-4, "most": 10**9}
+    assert steps_within([1.0], noise_multiplier=1e160, **terms) == steps_within([1.0], noise_multiplier=1e6, **terms)
 
 
 def test_a_missing_schedule_is_refused():

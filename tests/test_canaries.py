@@ -150,6 +150,21 @@ def test_too_little_noise_is_refuted_in_one_run_too():
     assert audit_in_one_run(lambda everybody: DPSGD(4.0), canaries=3000).holds
 
 
+@pytest.mark.parametrize("bound", [1e-6, 1e4, 1e9])
+def test_canaries_are_louder_than_any_bound(bound):
+    """With a bound above the canary's own length nothing is clipped, and the noise is right for somebody louder only."""
+    settings = {"delta": 1e-3, "others": 2, "unprotected": 1}
+    assert not audit_mechanism(lambda who: AQuarterOfTheNoise(2.0, bound, who, "fixed"), trials=4000, **settings).holds
+    assert audit_mechanism(lambda who: SelectiveDP(2.0, bound, who, "fixed"), trials=1000, **settings).holds
+    found = audit_mechanism(lambda who: SelectiveDP(0.0, bound, who, "fixed"), trials=100, **settings)
+    assert np.allclose(found.scores, np.where(found.included, bound, 0), rtol=1e-4)
+
+
+def test_a_bound_that_no_probe_can_be_louder_than_is_refused():
+    with pytest.raises(ValueError, match=r"max_grad_norm must be finite and >= 0 and <= 1e\+12, got 1e\+20; .*smaller bound"):
+        audit_mechanism(lambda who: SelectiveDP(1.0, 1e20, who, "fixed"), trials=100)
+
+
 @pytest.mark.parametrize(("settings", "words"), [
     ({"trials": 10}, "trials"), ({"steps": 0}, "steps"), ({"sampling_rate": 0.0}, "sampling_rate"),
     ({"unprotected": 9}, "unprotected"),

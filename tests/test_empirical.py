@@ -132,6 +132,12 @@ def test_constant_scores_and_luck_say_nothing(bound):
     assert np.mean(lucky) < 0.15
 
 
+@pytest.mark.parametrize(("confidence", "said"), [(0.95, "95"), (0.995, "99.5"), (0.9999, "99.99")])
+def test_confidence_is_not_rounded_up(confidence, said):
+    found = clopper_pearson_bound(*gaussian(400, 1.0, 0), delta=1e-5, confidence=confidence)
+    assert f"at delta 1e-05 with {said} % confidence (Clopper-Pearson" in str(found)
+
+
 @pytest.mark.parametrize(("call", "words"), [
     (lambda s, m: one_run_bound(s[:999], m[:999], delta=0), "canaries"), (lambda s, m: one_run_bound(s, m, delta=2), "delta"),
     (lambda s, m: one_run_bound(s, m, delta=0, guesses=(900, 900)), "guesses"),

@@ -79,6 +79,10 @@ def test_treated_runs_know_whom_they_treated(lab):
     runs = lab.treat("SelectiveDP", lambda f: SelectiveDP(0.5, 1.0, f), fraction=0.1)
     assert [r.seed for r in runs] == list(lab.seeds) and all(np.array_equal(r.flagged, lab.flags(r.seed, 0.1)) for r in runs)
     assert all("given the set; end to end: none" in str(r.guarantee) for r in runs)
+    everybody = lab.treat("everybody", lambda f: SelectiveDP(0.5, 1.0, f), fraction=1)  # no data had a say in that
+    assert all("all samples" in str(r.guarantee) and "end to end" not in str(r.guarantee) for r in everybody)
+    covered = lab.treat("covered", lambda f: SelectiveDP(0.5, 1.0, f), risk_threshold=-10.0)  # of them, the data had
+    assert all("all samples" in str(r.guarantee) and "end to end: none" in str(r.guarantee) for r in covered)
     chosen = lab.treat("mine", Drop, choose=lambda seed: torch.arange(300) == seed)
     assert [np.flatnonzero(r.flagged).tolist() for r in chosen] == [[0], [1]]
 

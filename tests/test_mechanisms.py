@@ -1,6 +1,6 @@
 """Updates against loops over samples, noise against its distribution, promises against their conditions."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from demem_lab.attacks import PGD
 from demem_lab.augment import CropFlip
 from demem_lab.data import member_masks
 from demem_lab.mechanisms import DPSGD, Batch, DownWeight, Drop, LossVariance, Plain, SelectiveDP
-from demem_lab.models import MLP, SmallCNN
+from demem_lab.models import ARCHITECTURES, MLP, SmallCNN
 from demem_lab.objectives import TRADES, Natural, PerSample
 from demem_lab.recipe import Recipe
 from demem_lab.sampling import Poisson
@@ -318,6 +318,30 @@ class AverageOut:
         return replace(seen, loss=seen.loss / seen.loss.mean())
 
 
+class Centred(MLP):
+    """Each row's features less the mean of the batch: what batch normalisation does, without a layer of that name."""
+
+    row_by_row = False
+
+    def build(self, *, models, **settings):
+        net = super().build(models=models, **settings)
+        body = net.body
+
+        def centred(x):
+            h = x.unflatten(0, (models, -1))
+            return body((h - h.mean(1, keepdim=True)).flatten(0, 1))
+
+        net.body = centred
+        return net
+
+
+class Unsaid:
+    """Anybody's architecture, which says nothing about its rows."""
+
+    def build(self, **settings):
+        return MLP((6,)).build(**settings)
+
+
 @dataclass(frozen=True)
 class Apart(AverageOut):
     row_by_row = True
@@ -329,6 +353,7 @@ class Apart(AverageOut):
 @pytest.mark.parametrize(("change", "holds"), [
     ({}, True), ({"augment": CropFlip(1)}, True), ({"objective": Apart()}, True),
     ({"augment": half_mirrored}, False), ({"objective": AverageOut()}, False),
+    ({"model": Centred((6,))}, False), ({"model": Unsaid()}, False),
 ])
 def test_nothing_is_promised_where_rows_may_mix(tiny, change, holds):
     """Clipping bounds what one ROW adds: of a row that holds others it bounds nobody's part."""
@@ -336,6 +361,11 @@ def test_nothing_is_promised_where_rows_may_mix(tiny, change, holds):
                     | change)
     promised = train(tiny, member_masks(24, 2, seed=0), recipe, seeds=(0, 1)).guarantee(delta=1e-3)
     assert promised.holds == holds and ("may mix rows" in str(promised)) != holds
+
+
+def test_every_architecture_of_the_package_says_that_its_rows_are_apart():
+    for spec in ARCHITECTURES.values():
+        assert Recipe(model=spec).row_by_row and "row_by_row" not in {field.name for field in fields(spec)}  # nor in a key
 
 
 def test_promises_and_their_conditions():
@@ -351,7 +381,45 @@ def test_promises_and_their_conditions():
 
 
 def test_no_data_had_a_say_in_everybody():
-    assert DPSGD(1.0).guarantee(**SETTING).selection == "fixed"
+    for mechanism in (DPSGD(1.0), SelectiveDP(1.0)):
+        assert mechanism.guarantee(**SETTING).selection == "fixed"
+        assert "end to end" not in str(mechanism.guarantee(**SETTING))
+
+
+@pytest.mark.parametrize(("selection", "told"), [("from_data", True), ("public", False), ("fixed", False)])
+def test_a_set_chosen_from_the_data_is_named_also_where_it_covers_everybody(selection, told):
+    """That a threshold covers everybody is something that the data decided: one sample more may lift it over somebody."""
+    text = str(SelectiveDP(1.0, 1.0, torch.ones(100, dtype=torch.bool), selection=selection).guarantee(**SETTING))
+    assert "all samples" in text and ("given the set; end to end: none" in text) == told
+
+
+def test_rounding_is_named_where_unprotected_samples_share_the_sums():
+    some = SelectiveDP(1.0, 1.0, torch.arange(100) < 10).guarantee(**SETTING)
+    assert "not accounted: " in str(some) and str(some).endswith(", rounding to floating point")
+    assert "rounding" not in str(DPSGD(1.0).guarantee(**SETTING))
+
+
+@pytest.mark.parametrize("digits", ["high", "medium"])
+@pytest.mark.parametrize("model", [MLP((48,)), SmallCNN(width=8, hidden=16)], ids=["MLP", "SmallCNN"])
+def test_clipping_keeps_all_digits_where_the_process_asked_for_fewer(model, digits, monkeypatch):
+    """One sample a model, twice through the network, as TRADES does; what is left of it is as long as the bound says."""
+    def longest():
+        net = model.build(models=8, shape=(1, 8, 8), classes=4, seeds=tuple(range(8)))
+        x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+        valid, flat = torch.ones(8, 1, dtype=torch.bool), torch.zeros(8, dtype=torch.int64)
+        batch = Batch(torch.zeros(8, 1, dtype=torch.int64), valid, 1.0, 0, 1, Streams(tuple(range(8)), "noise"))
+        with net.recording():
+            logits = net(x)
+            loss = (net(0.9 * x) - 0.3 * logits).square().sum(1) * 100
+            update = SelectiveDP(0.0, 0.01).update(net, PerSample(loss, loss, logits, flat, flat), batch)
+        return sum(g.double().flatten(1).square().sum(1) for g in update).sqrt().max() / 0.01
+
+    torch.set_float32_matmul_precision(digits)
+    try:
+        assert longest() == pytest.approx(1, abs=1e-5)
+        assert torch.get_float32_matmul_precision() == digits
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_each_model_is_promised_by_its_own_settings():

@@ -13,7 +13,7 @@ from demem_lab.mechanisms import Batch, LossVariance, Plain, SelectiveDP
 from demem_lab.models import MLP, VGG, ResNet18, SmallCNN
 from demem_lab.objectives import AWP, PGDAT, Natural
 from demem_lab.optimizers import SGD
-from demem_lab.precision import Precision, Scaler, resolve
+from demem_lab.precision import Precision, Scaler, resolve, whole_products
 from demem_lab.queries import outputs
 from demem_lab.sampling import Poisson, Shuffled
 from demem_lab.state import State
@@ -258,3 +258,25 @@ def test_what_auto_became_is_kept_with_the_result(tiny, tmp_path):
 def test_bad_input(tiny, call, words):
     with pytest.raises(ValueError, match=words):
         call(tiny)
+
+
+def test_products_stay_whole_until_the_last_thread_is_out():
+    """The setting is the process's: who comes in second must neither find the first one's as its own, nor lose it early."""
+    def lost():
+        a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+        return float(((a @ a).double() - a.double() @ a.double()).abs().max())
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before, (first, second) = lost(), (whole_products(), whole_products())
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert lost() < 1e-4
+        second.__exit__(None, None, None)
+        assert lost() == before and torch.get_float32_matmul_precision() == "medium"
+        with pytest.raises(KeyError), whole_products():
+            raise KeyError
+        assert lost() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -175,6 +175,10 @@ def test_the_same_point_twice_comes_from_the_store_or_from_the_plane(plane, lab,
 def test_everybody_protected_has_its_rate_tuned_first(plane, lab):
     more = train_point(lab, plane, noise_multiplier=1.5, risk_threshold=-np.inf)
     assert more.points.iloc[-1]["lr"] == lab.rate_for_everybody(1.5) and more.points.iloc[-1]["fraction"] == 1
+    # the threshold looked at the data; a fraction of 1 does not
+    of_fraction = more.points[(more.points["fraction"] == 1) & ~more.points["added"] & (more.points["noise_multiplier"] > 0)]
+    assert "given the set; end to end: none" in more.points.iloc[-1]["guarantee"]
+    assert len(of_fraction) and not of_fraction["guarantee"].str.contains("end to end").any()
 
 
 def test_a_cancelled_point_leaves_nothing_half_done(plane, lab):
