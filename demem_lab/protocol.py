@@ -265,6 +265,7 @@ def tune(
     rates = [finite("a learning rate", rate, low=0) for rate in rates]
     if integer("models", models, low=2) % 2:
         raise ValueError(f"models must be even, because members come in complementary halves, got {models}")
+    farm.check(None, store)
     store, dataset = store or Store(), protocol.load(root)
     device = farm.suited(device, dataset.name)
     other = replace(protocol, seed=protocol.seed + 1_000)

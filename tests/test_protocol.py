@@ -489,6 +489,7 @@ def test_every_number_of_a_protocol_is_checked_when_it_is_made(change):
     (lambda s, folder: protocol.tune(SMALL, "none", 0.1, store=s), r"rates must be a list of learning rates, .*got 0.1"),
     (lambda s, folder: protocol.tune(SMALL, "none", ("0.1",), store=s), "a learning rate must be a number.*got '0.1'"),
     (lambda s, folder: protocol.tune(SMALL, "none", (0.1,), models=3, store=s), "even"),
+    (lambda s, folder: protocol.tune(SMALL, "none", (0.1,), store="/here"), "store must be a Store"),
     (lambda s, folder: protocol.tune(40, "none", (0.1,), store=s), "protocol must be a Protocol"),
 ])
 def test_bad_calls_end_before_anything_is_trained(tmp_path, store, monkeypatch, call, words):
