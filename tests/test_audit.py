@@ -19,11 +19,13 @@ from demem_lab.cli import app
 from demem_lab.data import member_masks
 from demem_lab.empirical import one_run_bound
 from demem_lab.files import write
-from demem_lab.leakage import by_group, evaluate, held_out_accuracy, proportion, reliably_found
+from demem_lab.leakage import by_group, canaries, evaluate, held_out_accuracy, proportion, reliably_found
 from demem_lab.mechanisms import DPSGD
+from demem_lab.membership import lira
 from demem_lab.outputs import outputs_from_arrays
 from demem_lab.report import AuditReport, page
 from demem_lab.risk import deciles, memorization
+from demem_lab.signals import logit_margin
 
 
 def single(n=600, m=600, k=4, strength=2.0, seed=0, adversarial=False):
@@ -205,6 +207,38 @@ def test_saved_loaded_and_shown(tmp_path):
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(ValueError, match="not an audit report"):
         AuditReport.load(tmp_path / "b.json")
+
+
+def test_canaries_are_judged_by_the_attack_that_was_fixed_beforehand(tmp_path):
+    """The one that finds most finds more canaries than it accuses others, also where nothing leaks."""
+    arrays = ensemble()
+    planted = np.arange(1200) < 200
+    report = audit(arrays, fprs=(0.1,), planted=planted)
+    fixed = {key: report.canaries[key] for key in ("attack", "query", "fpr")}
+    assert fixed == {"attack": "lira_online", "query": "combined", "fpr": 0.1}
+    margins = np.stack([logit_margin(arrays[name], arrays["labels"]) for name in ("logits", "adv_logits")])
+    wanted = canaries(lira(margins, arrays["membership"]), arrays["membership"], planted, fpr=0.1)
+    assert report.canaries == fixed | wanted and "lira_online" in report.to_html()
+    older = json.loads(report.to_json())
+    del older["canaries"]["attack"]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    loaded = AuditReport.load(tmp_path / "older.json")
+    assert loaded.canaries == {} and "audit the outputs again" in loaded.skipped["canaries"]
+
+
+def test_the_figure_of_the_attacks_marks_whom_each_accuses():
+    """Guessing finds as many members; with ties that is far from the rate asked for."""
+    report = audit(ensemble(), fprs=(0.1,))
+    found, guessed = report.figures()["attacks"].data
+    wanted = {f"{n}, {q}": 100 * e["accused_at_fpr"]["0.1"] for n, qs in report.attacks.items() for q, e in qs.items()}
+    assert dict(zip(guessed.y, guessed.x, strict=True)) == wanted and list(found.y) == list(guessed.y)
+
+
+def test_coins_that_add_up_for_each_sample_are_not_independent():
+    arrays = ensemble()
+    half = np.random.default_rng(0).random(arrays["membership"].shape).argsort(0) < len(arrays["membership"]) // 2
+    with pytest.raises(ValueError, match="every sample trained exactly 4 of 8 models.*leave independent_coins out"):
+        audit(arrays | {"membership": half}, fprs=(0.1,), independent_coins=True)
 
 
 def test_the_group_figure_marks_what_guessing_finds_in_each_group():
