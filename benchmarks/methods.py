@@ -115,7 +115,7 @@ def whole_page(tables: str) -> str:
     parts = [INTRO, tables, DEFINITIONS, pairs.markdown(sources, "method"), CHARGING]
     found = [loaded(file) for file in files]
     if found:
-        parts.append(CONTEST.format(fpr=found[0][1].fpr))
+        parts.append(CONTEST.format(fpr=100 * found[0][1].fpr))
         parts += [section(raw, report) for raw, report in found]
     runs = kept()
     if runs:
